@@ -1,0 +1,26 @@
+"""MemFactory: train language models to manage memory.
+
+The names here are the public ones; reward, agent and environment files need no others.
+"""
+
+from memfactory.episode import Answer, Episode, Evidence, Probe, Score, StopReason, Task, Turn
+from memfactory.errors import DataError, MemFactoryError, ModelOutputError, RecipeError
+from memfactory.reward.dimension import reward
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Answer",
+    "DataError",
+    "Episode",
+    "Evidence",
+    "MemFactoryError",
+    "ModelOutputError",
+    "Probe",
+    "RecipeError",
+    "Score",
+    "StopReason",
+    "Task",
+    "Turn",
+    "reward",
+]

@@ -1,0 +1,128 @@
+"""MemAgent (arXiv 2507.02259): read chunk by chunk, rewrite a short memory, answer from it alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+from memfactory.episode import Answer, Episode, Task
+from memfactory.errors import DataError, ModelOutputError
+from memfactory.memory import TextMemory
+from memfactory.modules import (
+    AnswerFormat,
+    AnswerState,
+    FinalAnswer,
+    PromptOrder,
+    RecurrentMemory,
+    WriteState,
+    prompt_set,
+)
+from memfactory.policy.base import Policy
+
+
+class Overflow(StrEnum):
+    """What to do with a document of more than `max_chunks` chunks. There is no silent choice."""
+
+    ERROR = "error"
+    TRUNCATE_END = "truncate_end"
+    """Keep the first `max_chunks` chunks."""
+    TRUNCATE_CENTER = "truncate_center"
+    """Keep the first and the last chunks and drop the middle, as MemAgent's data loader does."""
+
+
+@dataclass(frozen=True)
+class MemAgent:
+    """One text memory; the question (or all of a task's questions, one a line) is known while reading.
+
+    Every chunk gives one ``write`` turn, the question one ``answer`` turn, so an episode over
+    n chunks has n + 1 turns and, since each rewrites the context, n + 1 rows.
+    """
+
+    prompt: str = "document"
+    """Name of a prompt set, see :mod:`memfactory.modules.prompts`."""
+    order: PromptOrder = PromptOrder.SHARED
+    """``shared``: instructions, question, chunk, then memory. ``paper``: memory before the chunk."""
+    answer_format: AnswerFormat = AnswerFormat.BOXED
+    max_memory_tokens: int = 1024
+    """Token limit of a write turn, hence of the memory. Unit: tokens of the policy."""
+    max_answer_tokens: int = 1024
+    """Token limit of the answer turn."""
+    chunk_tokens: int | None = None
+    """Cut each piece of the stream into chunks of at most this many tokens; None takes the
+    stream's pieces as they are."""
+    max_chunks: int | None = None
+    """Most chunks read per task; None for no limit."""
+    on_overflow: Overflow = Overflow.ERROR
+    wipe_memory: bool = False
+    """Control experiment: forget everything just before the answer. An honest task then scores 0."""
+
+    @cached_property
+    def writer(self) -> RecurrentMemory:
+        return RecurrentMemory(prompt_set(self.prompt, self.order))
+
+    @cached_property
+    def answerer(self) -> FinalAnswer:
+        return FinalAnswer(prompt_set(self.prompt, self.order), AnswerFormat(self.answer_format))
+
+    def chunks(self, task: Task, policy: Policy) -> list[str]:
+        """The chunks that will be read, in order.
+
+        Raises:
+            DataError: the task has no chunk, or more than `max_chunks` under ``on_overflow: error``.
+        """
+        pieces = list(task.stream)
+        if self.chunk_tokens is not None:
+            pieces = [piece for text in pieces for piece in policy.split(text, self.chunk_tokens)]
+        if not pieces:
+            raise DataError(f"task {task.id}", "its document is empty", "remove the row or give it a context")
+        limit = self.max_chunks
+        if limit is None or len(pieces) <= limit:
+            return pieces
+        if self.on_overflow == Overflow.ERROR:
+            raise DataError(
+                f"task {task.id}",
+                f"its document has {len(pieces)} chunks, more than agent.max_chunks = {limit}",
+                "raise agent.max_chunks or agent.chunk_tokens, or set agent.on_overflow to truncate_end "
+                "or truncate_center",
+            )
+        if self.on_overflow == Overflow.TRUNCATE_END:
+            return pieces[:limit]
+        head = (limit + 1) // 2
+        return pieces[:head] + pieces[len(pieces) - (limit - head) :]
+
+    async def run(self, task: Task, policy: Policy, store: TextMemory | None = None) -> Episode:
+        memory = store if store is not None else TextMemory()
+        episode = Episode(task)
+        question = "\n".join(probe.question for probe in task.probes)
+        for index, chunk in enumerate(self.chunks(task, policy)):
+            state = WriteState(question, chunk, memory.text)
+            turn = await policy.generate(
+                self.writer.render(state), module=self.writer.name, max_tokens=self.max_memory_tokens
+            )
+            turn.chunk, turn.prefix_key, turn.memory_before = index, f"{task.id}/write/{index}", memory.text
+            try:
+                memory.write(self.writer.parse(turn.text), turn=len(episode.turns))
+            except ModelOutputError as error:  # the memory stays as it was
+                turn.error = str(error)
+            turn.memory_after = memory.text
+            episode.turns.append(turn)
+
+        if self.wipe_memory:
+            memory.write("", turn=len(episode.turns) - 1)
+        for number, probe in enumerate(task.probes):
+            state = AnswerState(probe.question, memory.text)
+            turn = await policy.generate(
+                self.answerer.render(state), module=self.answerer.name, max_tokens=self.max_answer_tokens
+            )
+            turn.prefix_key = f"{task.id}/answer/{number}"
+            turn.memory_before = turn.memory_after = memory.text
+            answer = Answer(probe, None, turn.text)
+            try:
+                answer.text = self.answerer.parse(turn.text)
+            except ModelOutputError as error:
+                turn.error = str(error)
+            episode.turns.append(turn)
+            episode.answers.append(answer)
+        episode.memory = memory.text
+        return episode

@@ -1,0 +1,42 @@
+"""The only door to a model: `await policy.generate(messages, module=...) -> Turn`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from memfactory.episode import Message, Turn
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn. These values alone decide; a model's own generation config is ignored."""
+
+    temperature: float = 1.0
+    """0 means greedy. Log-probs are recorded at this temperature (at 1 when greedy)."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps every token."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+class Policy(Protocol):
+    """A model behind a queue. Any number of `generate` calls may wait at the same time."""
+
+    async def generate(self, messages: list[Message], *, module: str, max_tokens: int) -> Turn:
+        """Sample one turn.
+
+        Args:
+            messages: the prompt, rendered by the policy's own chat template.
+            module: name of the asking module, recorded on the turn.
+            max_tokens: most tokens to sample; the turn stops with ``LENGTH`` when it reaches them.
+
+        Raises:
+            EngineError: the prompt does not fit the model, or the engine failed.
+        """
+        ...
+
+    def split(self, text: str, max_tokens: int) -> list[str]:
+        """Cut `text` into pieces of at most `max_tokens` of the policy's tokens, nothing lost."""
+        ...

@@ -1,0 +1,306 @@
+"""The schema of a recipe: one YAML file that names everything a run needs.
+
+Importable without torch, so a recipe can be checked before anything heavy is loaded. The `train:`
+section is TRL's own `GRPOConfig`; its keys are checked by :mod:`memfactory.train.config`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from memfactory.errors import MemFactoryError, RecipeError, RecipeErrors
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+
+
+class TinyModel(_Section):
+    """A policy small enough for a laptop CPU, built from nothing: Qwen3 architecture, word-level
+    tokenizer over the environment's own vocabulary."""
+
+    hidden_size: int = 64
+    layers: int = 2
+    heads: int = 4
+    """Attention heads; key-value heads are as many."""
+    mlp_size: int = 128
+    initializer_range: float = 0.08
+    """Standard deviation of the initial weights. The usual 0.02 does not train at this width."""
+
+
+class Lora(_Section):
+    """Low-rank adapters instead of full fine-tuning (PEFT `LoraConfig`)."""
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    """Zero keeps sampling and training on the same policy; anything else makes ratios noisy."""
+    target_modules: str | list[str] = "all-linear"
+
+
+class ModelSection(_Section):
+    """The policy. Give `name` for a pretrained model, or `tiny` for one built from nothing."""
+
+    name: str | None = None
+    """Hub id, a local folder, or `package:NAME` for a GGUF file shipped inside an installed Python package."""
+    tiny: TinyModel | None = None
+    gguf_file: str | None = None
+    """GGUF file inside `name`, dequantized on loading. Absent: ordinary weights."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the stored weights. Full fine-tuning wants float32 masters; compute in bfloat16 is `train.bf16`."""
+    attn_implementation: str = "sdpa"
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you have read that code."""
+    lora: Lora | None = None
+    """Absent: full fine-tuning."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSection:
+        if (self.name is None) == (self.tiny is None):
+            raise ValueError("give exactly one of model.name (a pretrained model) and model.tiny (built from nothing)")
+        return self
+
+
+class AgentSection(BaseModel):
+    """The agent and its own options, which are the fields of the agent class."""
+
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True, frozen=True)
+
+    name: str = "memagent"
+    """A shipped agent, `pkg.module:Class` or `path/file.py:Class`."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.__pydantic_extra__ or {})
+
+
+class EnvironmentSection(BaseModel):
+    """The environment and its own options, which are the fields of the environment class."""
+
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True, frozen=True)
+
+    name: str
+    """A shipped environment, a dataset of `data/registry.yaml`, `pkg.module:Class` or `path/file.py:Class`."""
+    train_tasks: int | None = Field(default=None, ge=1)
+    """Training tasks drawn; None takes all there are (a generator needs a number)."""
+    test_tasks: int | None = Field(default=None, ge=1)
+    """Held-out tasks for evaluation; None takes all there are."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.__pydantic_extra__ or {})
+
+
+class RewardSection(_Section):
+    """One reward dimension and its weight in the sum."""
+
+    name: str
+    """`file.function` in `rewards/` (yours first, then the shipped ones), `pkg.module:function` or `path/file.py:function`."""
+    weight: float = 1.0
+    """Share in the weighted sum. 0 measures and logs without rewarding."""
+
+
+class CreditSection(_Section):
+    """How the advantage of an episode reaches its turns."""
+
+    assigner: Literal["broadcast", "last_turn"] = "broadcast"
+    """`broadcast` copies it to every turn (MemAgent). `last_turn` trains the answer alone: a control."""
+    shuffle_rewards: bool = False
+    """Control experiment: permute rewards inside each group, so that they carry no information."""
+
+
+class WarmupSection(_Section):
+    """Supervised warm-up on teacher traces before reinforcement learning."""
+
+    steps: int = Field(ge=1)
+    batch_rows: int = Field(default=64, ge=1)
+    """Rows (turns of the teacher) per step."""
+    muon_lr: float = 0.02
+    """Learning rate of Muon, which takes the two-dimensional weights inside the layers."""
+    adam_lr: float = 2e-3
+    """Learning rate of AdamW, which takes embeddings and norms."""
+    ramp_steps: int = 20
+    """Steps of linear warm-up of the learning rates; a cosine to 10 % follows."""
+
+
+class RolloutSection(_Section):
+    """Limits of generation and of training micro-batches. They change speed and memory, not results."""
+
+    generate_token_budget: int = Field(default=65536, ge=1)
+    """Most key-value cache positions (sequences x longest sequence) in one generation batch."""
+    train_token_budget: int = Field(default=16384, ge=1)
+    """Most token positions (rows x longest row) in one forward and backward pass."""
+
+
+class EvalSection(_Section):
+    """Evaluation on held-out tasks, before and after training and every `train.eval_steps`."""
+
+    samples: int = Field(default=1, ge=1)
+    """Episodes per task in the sampled evaluation; accuracy is their mean (avg@samples)."""
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    greedy: bool = True
+    """Also evaluate with greedy decoding."""
+    metric: str = "answer.exact_match"
+    """Reward dimension whose mean is reported as accuracy."""
+
+
+class Recipe(_Section):
+    """Everything a run needs, by name."""
+
+    name: str
+    """Short name, used for the run folder."""
+    seed: int = 0
+    """Seeds the model's initial weights, task order, warm-up and sampling."""
+    model: ModelSection
+    agent: AgentSection = AgentSection()
+    environment: EnvironmentSection
+    rewards: list[RewardSection] = Field(min_length=1)
+    credit: CreditSection = CreditSection()
+    warmup: WarmupSection | None = None
+    """Absent: no warm-up."""
+    rollout: RolloutSection = RolloutSection()
+    eval: EvalSection = EvalSection()
+    train: dict[str, Any] = Field(default_factory=dict)
+    """Fields of TRL's `GRPOConfig`, under their own names."""
+    output_dir: str | None = None
+    """Run folder. Absent: `runs/NAME-seedN`."""
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir or f"runs/{self.name}-seed{self.seed}")
+
+    def dump(self) -> dict[str, Any]:
+        """Plain data, every default filled in: what is stored in the run folder."""
+        return self.model_dump(mode="json")
+
+    def hash(self) -> str:
+        """First 12 hex digits of the SHA-256 of the resolved recipe, without its output folder."""
+        data = {key: value for key, value in self.dump().items() if key != "output_dir"}
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in `path`.
+
+    Raises:
+        RecipeError: no such file, not YAML (line named), or not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(
+            f"{path}: cannot be read", error.strerror or str(error), "see `memfactory recipes` for the shipped recipes"
+        ) from error
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise RecipeError(f"{path}{line}: not valid YAML", getattr(error, "problem", None) or str(error)) from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path}: not a mapping of sections", "", "start from `memfactory recipes copy`")
+    return data
+
+
+def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """`data` with ``a.b=value`` set for each override; values are read as YAML.
+
+    Raises:
+        RecipeErrors: an override is not of the form ``key=value`` or goes through a value that is no section.
+    """
+    errors: list[MemFactoryError] = []
+    data = json.loads(json.dumps(data))
+    for override in overrides:
+        key, separator, raw = override.partition("=")
+        if not separator or not key:
+            errors.append(RecipeError(f"override '{override}'", "not of the form key=value", "e.g. train.max_steps=10"))
+            continue
+        *sections, last = key.split(".")
+        target = data
+        for section in sections:
+            if target.get(section) is None:
+                target[section] = {}
+            target = target[section]
+            if not isinstance(target, dict):
+                errors.append(RecipeError(f"override '{override}'", f"'{section}' is a value, not a section"))
+                break
+        else:
+            try:
+                target[last] = yaml.safe_load(raw)
+                # YAML 1.1 reads 1e-4 as text; a learning rate is meant
+                if isinstance(target[last], str):
+                    target[last] = _number(target[last])
+            except yaml.YAMLError:
+                target[last] = raw
+    if errors:
+        raise RecipeErrors("command line", errors)
+    return data
+
+
+def _number(text: str) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def nearest(key: str, known: list[str]) -> str:
+    """``did you mean ...`` for an unknown `key`, or the list of what is known."""
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(sorted(known))}"
+
+
+def _fields_at(location: tuple[Any, ...]) -> list[str]:
+    """Names of the fields of the section at `location` in the schema."""
+    model: type[BaseModel] = Recipe
+    for part in location:
+        if not isinstance(part, str) or part not in model.model_fields:
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *get_args(annotation)]
+        for candidate in [*candidates, *(inner for outer in candidates for inner in get_args(outer))]:
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                model = candidate
+                break
+    return list(model.model_fields)
+
+
+def schema_errors(data: dict[str, Any]) -> tuple[Recipe | None, list[MemFactoryError]]:
+    """Check `data` against the schema: the recipe, or every error at once."""
+    try:
+        return Recipe.model_validate(data), []
+    except ValidationError as error:
+        problems: list[MemFactoryError] = []
+        for item in error.errors():
+            where = ".".join(str(part) for part in item["loc"])
+            if item["type"] == "extra_forbidden":
+                fix = nearest(str(item["loc"][-1]), _fields_at(item["loc"][:-1]))
+                problems.append(RecipeError(f"{where}: unknown key", "", fix))
+            elif item["type"] == "missing":
+                problems.append(RecipeError(f"{where}: missing", "", f"add `{item['loc'][-1]}:`"))
+            else:
+                value = item.get("input")
+                shown = f" (got {value!r})" if not isinstance(value, dict | list) else ""
+                problems.append(RecipeError(f"{where or 'recipe'}: {item['msg']}{shown}"))
+        return None, problems
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe and apply ``key=value`` overrides. `train:` keys are not looked at here.
+
+    Raises:
+        RecipeError: the file cannot be read.
+        RecipeErrors: one or more entries are wrong; all are listed.
+    """
+    recipe, errors = schema_errors(apply_overrides(read_yaml(Path(path)), overrides or []))
+    if recipe is None:
+        raise RecipeErrors(str(path), errors)
+    return recipe
