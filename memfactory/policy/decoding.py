@@ -1,0 +1,152 @@
+"""Batched decoding with a key-value cache that hands back each sequence as soon as it ends.
+
+`model.generate` returns when the longest sequence is done and keeps computing the finished ones.
+Here a finished sequence is yielded at once and leaves the batch at the next compaction, the sampled
+ids and their log-probabilities are recorded on the way, and nothing but :class:`Sampling` decides how
+tokens are drawn. The logit filters themselves are `transformers`' own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from memfactory.episode import StopReason
+from memfactory.policy.base import Sampling
+
+# Share of finished sequences at which the cache is compacted: copying it costs about as much as one
+# decoding step of the sequences that stay, so doing it for every single one would not pay.
+_COMPACT_AT = 0.25
+
+
+@dataclass(slots=True)
+class Decoding:
+    """One sequence being decoded."""
+
+    prompt_ids: list[int]
+    max_tokens: int
+    completion_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    stop: StopReason | None = None
+
+
+class Sampler:
+    """Draws next tokens and records their log-probabilities."""
+
+    def __init__(self, sampling: Sampling, generator: torch.Generator) -> None:
+        self.sampling = sampling
+        self.generator = generator
+        self.filters = LogitsProcessorList()
+        if sampling.temperature > 0:
+            if sampling.top_k > 0:
+                self.filters.append(TopKLogitsWarper(sampling.top_k))
+            if sampling.top_p < 1:
+                self.filters.append(TopPLogitsWarper(sampling.top_p))
+            if sampling.min_p > 0:
+                self.filters.append(MinPLogitsWarper(sampling.min_p))
+        self.penalty = (
+            RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)
+            if sampling.repetition_penalty != 1
+            else None
+        )
+
+    def draw(self, logits: Tensor, context_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Next ids (B,) and their log-probs (B,) from `logits` (B, V).
+
+        Log-probs are those of the full softmax at the sampling temperature, which is what the trainer
+        computes again; filters change only which ids can be drawn. `context_ids` (B, L) is what the
+        repetition penalty looks at.
+        """
+        logits = logits.float()
+        temperature = self.sampling.temperature
+        log_probs = (logits / temperature if temperature > 0 else logits).log_softmax(-1)  # (B, V)
+        scores = log_probs
+        if self.penalty is not None:
+            penalised = self.penalty(context_ids, logits)
+            scores = penalised / temperature if temperature > 0 else penalised
+        if temperature == 0:
+            ids = scores.argmax(-1)
+        else:
+            if self.filters:
+                scores = self.filters(context_ids, scores)
+            ids = torch.multinomial(scores.softmax(-1), 1, generator=self.generator).squeeze(1)
+        return ids, log_probs.gather(1, ids[:, None]).squeeze(1)
+
+
+@torch.inference_mode()
+def decode(
+    model: PreTrainedModel, sequences: Sequence[Decoding], sampler: Sampler, *, eos_ids: Sequence[int], pad_id: int
+) -> Iterator[list[Decoding]]:
+    """Decode `sequences` together; after every step yield those that just finished (often none).
+
+    The caller may do other work between steps. Peak memory is the cache of
+    ``len(sequences) x (longest prompt + tokens so far)`` positions.
+    """
+    device = model.device
+    live = list(sequences)
+    longest = max(len(sequence.prompt_ids) for sequence in live)
+    # Prompts are padded on the left so that every next token has the same index.
+    ids = torch.full((len(live), longest), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(live), longest), dtype=torch.long)
+    for row, sequence in enumerate(live):
+        ids[row, longest - len(sequence.prompt_ids) :] = torch.tensor(sequence.prompt_ids)
+        mask[row, longest - len(sequence.prompt_ids) :] = 1
+    ids, mask = ids.to(device), mask.to(device)  # (B, P)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, P)
+    context = ids if sampler.penalty is not None else None
+    is_eos = torch.zeros(int(model.get_input_embeddings().weight.shape[0]) + 1, dtype=torch.bool)
+    is_eos[torch.tensor(list(eos_ids))] = True
+    cache = DynamicCache(config=model.config)
+
+    done: list[bool] = [False] * len(live)
+    step_ids = ids
+    while live:
+        logits = model(
+            input_ids=step_ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]  # (B, V)
+        next_ids, logprobs = sampler.draw(logits, context)
+        finished: list[Decoding] = []
+        for row, (token, logprob) in enumerate(zip(next_ids.tolist(), logprobs.tolist(), strict=True)):
+            if done[row]:
+                continue
+            sequence = live[row]
+            sequence.completion_ids.append(token)
+            sequence.logprobs.append(logprob)
+            if is_eos[token]:
+                sequence.stop = StopReason.STOP
+            elif len(sequence.completion_ids) >= sequence.max_tokens:
+                sequence.stop = StopReason.LENGTH
+            if sequence.stop is not None:
+                done[row] = True
+                finished.append(sequence)
+        yield finished
+
+        if all(done):
+            return
+        if sum(done) >= _COMPACT_AT * len(done):
+            keep = torch.tensor([row for row, over in enumerate(done) if not over], device=device)
+            cache.batch_select_indices(keep)
+            next_ids, mask, positions = next_ids[keep], mask[keep], positions[keep]
+            context = context[keep] if context is not None else None
+            live = [sequence for sequence, over in zip(live, done, strict=True) if not over]
+            done = [False] * len(live)
+        step_ids = next_ids[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+        if context is not None:
+            context = torch.cat([context, step_ids], dim=1)

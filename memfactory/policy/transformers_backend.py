@@ -1,0 +1,177 @@
+"""The transformers backend: pending `generate` calls of all episodes are decoded together."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from memfactory.episode import Message, StopReason, Turn
+from memfactory.errors import EngineError, boundary
+from memfactory.policy.base import Sampling
+from memfactory.policy.decoding import Sampler, Decoding, decode
+
+
+@dataclass(slots=True)
+class _Request:
+    sequence: Decoding
+    reply: asyncio.Future[None]
+
+
+class TransformersPolicy:
+    """A model in this process behind a queue.
+
+    The first `generate` call of a quiet moment starts a drain. The drain waits until no episode that
+    can still run adds a request, sorts what is pending by length, and decodes it in batches within
+    the token budget. Between decoding steps the event loop runs, so an episode whose turn has ended
+    goes on while the others are still being decoded.
+
+    Everything happens in the thread of the event loop: a second thread would bring a second OpenMP
+    pool that fights with the first for the same cores.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        sampling: Sampling | None = None,
+        eos_ids: Sequence[int] | None = None,
+        token_budget: int = 65536,
+        seed: int = 0,
+        version: int = 0,
+        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+        template_options: dict[str, object] | None = None,
+    ) -> None:
+        """
+        Args:
+            model: causal language model, already on its device.
+            tokenizer: its tokenizer, with a chat template.
+            sampling: how tokens are drawn; default temperature 1.
+            eos_ids: ids that end a turn; default the tokenizer's.
+            token_budget: most cache positions (sequences x longest sequence) in one batch.
+            seed: seed of the draws.
+            version: optimizer steps behind the weights, recorded on every turn.
+            autocast: context in which the model runs, e.g. bfloat16 autocast.
+            template_options: extra variables of the chat template.
+        """
+        self.model = model
+        self.tokenizer = tokenizer
+        self.sampling = sampling or Sampling()
+        self.eos_ids = list(eos_ids or [tokenizer.eos_token_id])
+        self.token_budget = token_budget
+        self.version = version
+        self.autocast = autocast
+        self.template_options = template_options or {}
+        self.generator = torch.Generator(device=model.device).manual_seed(seed)
+        self.seconds = 0.0
+        """Time spent in the model, decoding included."""
+        self.generated_tokens = 0
+        self._pending: list[_Request] = []
+        self._drain: asyncio.Task[None] | None = None
+
+    async def generate(self, messages: list[Message], *, module: str, max_tokens: int) -> Turn:
+        """See :meth:`memfactory.policy.base.Policy.generate`."""
+        with boundary(EngineError, f"the chat template cannot render the prompt of module '{module}'"):
+            prompt_ids = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=False, **self.template_options
+            )
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit is not None and len(prompt_ids) + max_tokens > limit:
+            raise EngineError(
+                f"a prompt of module '{module}' does not fit the model",
+                f"{len(prompt_ids)} prompt tokens + {max_tokens} new ones > {limit} positions",
+                "use smaller chunks (agent.chunk_tokens) or a shorter memory (agent.max_memory_tokens)",
+            )
+        loop = asyncio.get_running_loop()
+        request = _Request(Decoding(prompt_ids, max_tokens), loop.create_future())
+        self._pending.append(request)
+        if self._drain is None or self._drain.done():
+            self._drain = loop.create_task(self._run())
+        await request.reply
+        sequence = request.sequence
+        assert sequence.stop is not None
+        ids = sequence.completion_ids
+        return Turn(
+            module=module,
+            prompt_ids=prompt_ids,
+            completion_ids=ids,
+            logprobs=sequence.logprobs,
+            text=self.tokenizer.decode(ids, skip_special_tokens=True),
+            stop=StopReason(sequence.stop),
+            messages=messages,
+            policy_version=self.version,
+        )
+
+    def split(self, text: str, max_tokens: int) -> list[str]:
+        """See :meth:`memfactory.policy.base.Policy.split`. Pieces joined give `text` back."""
+        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        starts = [offsets[index][0] for index in range(0, len(offsets), max_tokens)]
+        if not starts:
+            return []
+        starts[0] = 0
+        # a token of a byte-level tokenizer can begin inside a character: then its piece begins with it
+        return [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True) if a < b]
+
+    async def _run(self) -> None:
+        while self._pending:
+            waiting = -1
+            while waiting != len(self._pending):  # until no running episode adds a request
+                waiting = len(self._pending)
+                for _ in range(3):  # an episode needs a few turns of the loop from reply to next request
+                    await asyncio.sleep(0)
+            requests, self._pending = self._pending, []
+            for batch in _batches(requests, self.token_budget):
+                try:
+                    await self._decode(batch)
+                except Exception as error:
+                    failure = EngineError("generation failed", f"{type(error).__name__}: {error}")
+                    failure.__cause__ = error
+                    for request in [*requests, *self._pending]:
+                        if not request.reply.done():
+                            request.reply.set_exception(failure)
+                    self._pending = []
+                    return
+
+    async def _decode(self, batch: list[_Request]) -> None:
+        replies = {id(request.sequence): request.reply for request in batch}
+        steps = decode(
+            self.model,
+            [request.sequence for request in batch],
+            Sampler(self.sampling, self.generator),
+            eos_ids=self.eos_ids,
+            pad_id=self.tokenizer.pad_token_id,
+        )
+        while True:
+            begin = time.perf_counter()
+            # inference mode and autocast are per thread, so they must not stay on while others run
+            with self.autocast():
+                finished = next(steps, None)
+            self.seconds += time.perf_counter() - begin
+            if finished is None:
+                return
+            for sequence in finished:
+                self.generated_tokens += len(sequence.completion_ids)
+                replies[id(sequence)].set_result(None)
+            if finished:
+                await asyncio.sleep(0)
+
+
+def _batches(requests: list[_Request], budget: int) -> list[list[_Request]]:
+    """`requests` sorted by length and cut so that sequences x longest stays within `budget`."""
+    ordered = sorted(requests, key=lambda r: len(r.sequence.prompt_ids) + r.sequence.max_tokens, reverse=True)
+    batches: list[list[_Request]] = []
+    for request in ordered:
+        if batches:
+            first = batches[-1][0].sequence  # the longest of its batch
+            longest = len(first.prompt_ids) + first.max_tokens
+            if (len(batches[-1]) + 1) * longest <= budget:
+                batches[-1].append(request)
+                continue
+        batches.append([request])
+    return batches
