@@ -1,0 +1,454 @@
+"use strict";
+// Text of models and datasets reaches the page only through text nodes (see `el`), never as HTML.
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const byId = (id) => document.getElementById(id);
+
+/** An HTML element; strings among `children` become text nodes. */
+function el(tag, props = {}, ...children) {
+  const node = Object.assign(document.createElement(tag), props);
+  node.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  return node;
+}
+
+/** An SVG element with attributes. */
+function svg(tag, attributes = {}, ...children) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children);
+  return node;
+}
+
+// ---------------------------------------------------------------------------------------- numbers
+
+const show = {
+  percent: (value) => `${(value * 100).toFixed(1)} %`,
+  seconds: (value) => `${value.toFixed(value < 10 ? 2 : 1)} s`,
+  number(value) {
+    if (value === 0 || Number.isInteger(value)) return value.toLocaleString("en");
+    const size = Math.abs(value);
+    if (size < 0.001 || size >= 1e6) return value.toExponential(1);
+    return size < 1 ? value.toFixed(3) : size < 100 ? value.toFixed(2) : value.toFixed(0);
+  },
+};
+const signed = (value) => (value > 0 ? "+" : value < 0 ? "−" : "") + show.number(Math.abs(value));
+
+/** About `count` round numbers that span low..high. */
+function ticks(low, high, count, whole = false) {
+  const rough = (high - low) / count || 1;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  let step = [1, 2, 5, 10].map((factor) => factor * power).find((candidate) => candidate >= rough * 0.999);
+  if (whole) step = Math.max(1, Math.round(step));
+  const found = [];
+  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(Number((i * step).toPrecision(12)));
+  return found;
+}
+
+// ----------------------------------------------------------------------------------------- charts
+
+const dimensions = [...new Set(data.metrics.train.flatMap(([, values]) => Object.keys(values)))]
+  .map((key) => /^rewards\/(.+)\/mean$/.exec(key)?.[1])
+  .filter((name) => name !== undefined);
+
+// A series is [metric name, label]; `share` fixes the axis to 0..100 %, `zero` starts it at 0.
+const CHARTS = [
+  { title: "Accuracy", note: "Held-out tasks.", phase: "eval", share: true,
+    series: [["sampled_em", "sampled"], ["greedy_em", "greedy"]] },
+  { title: "Reward", note: "Mean over the step's episodes; the band is one standard deviation.", phase: "train",
+    series: [["reward", "reward"]], band: "reward_std" },
+  { title: "Evidence in memory", note: "Captured when its chunk was read; retained until the answer.", phase: "eval", share: true,
+    series: [["sampled_capture", "captured, sampled"], ["sampled_retain", "retained, sampled"],
+             ["greedy_capture", "captured, greedy"], ["greedy_retain", "retained, greedy"]] },
+  { title: "Dead groups", note: "Groups whose episodes all got the same reward: they teach nothing.", phase: "train", share: true,
+    series: [["groups/dead_share", "share of groups"]] },
+  { title: "Reward dimensions", note: "Mean of each, before weighting.", phase: "train",
+    series: dimensions.map((name) => [`rewards/${name}/mean`, name]) },
+  { title: "Entropy", note: "Of the policy, in nats per token.", phase: "train", zero: true, series: [["entropy", "entropy"]] },
+  { title: "Turns", note: "Decisions of the policy per episode.", phase: "train", zero: true, series: [["turns/per_episode", "per episode"]] },
+  { title: "Rows", note: "Training sequences per step; rows of dead groups are not trained.", phase: "train", zero: true,
+    series: [["rows/count", "made"], ["rows/trained", "trained"]] },
+  { title: "Time per step", note: "Where the seconds go.", phase: "train", stack: true, wide: true, format: show.seconds,
+    series: [["time/generate", "generate"], ["time/reward", "reward"], ["time/train", "train"],
+             ["time/optimizer", "optimizer"], ["time/other", "other"]] },
+  { title: "Loss", phase: "train", more: true, series: [["loss", "loss"]] },
+  { title: "Gradient norm", phase: "train", more: true, zero: true, series: [["grad_norm", "norm"]] },
+  { title: "Learning rate", phase: "train", more: true, zero: true, series: [["learning_rate", "rate"]] },
+  { title: "Completion length", note: "Tokens per turn.", phase: "train", more: true, zero: true, series: [["completions/mean_length", "mean"]] },
+  { title: "Turns cut by the token limit", phase: "train", more: true, share: true, series: [["stop/length_share", "share of turns"]] },
+  { title: "Clipped tokens", phase: "train", more: true, share: true, series: [["clip_ratio/region_mean", "share of tokens"]] },
+  { title: "Episodes", note: "Failed ones could not be measured and are in no baseline.", phase: "train", more: true, zero: true,
+    series: [["episodes/count", "all"], ["episodes/failed", "failed"]] },
+  { title: "Tokens per step", phase: "train", more: true, zero: true, series: [["tokens/generated", "generated"], ["tokens/trained", "trained"]] },
+  { title: "Real tokens", note: "Share of computed token positions that are no padding.", phase: "train", more: true, share: true,
+    series: [["tokens/real_over_computed", "share"]] },
+  { title: "Warm-up loss", note: "Supervised steps before training.", phase: "warmup", more: true, zero: true, series: [["loss", "loss"]] },
+];
+
+/** At most `limit` [step, values] lines: neighbours are averaged, so that long runs stay readable. */
+function condense(lines, keys, limit) {
+  const width = Math.ceil(lines.length / limit);
+  if (width <= 1) return lines;
+  const condensed = [];
+  for (let start = 0; start < lines.length; start += width) {
+    const part = lines.slice(start, start + width);
+    const means = {};
+    for (const key of keys) {
+      const known = part.map(([, values]) => values[key]).filter(Number.isFinite);
+      means[key] = known.length ? known.reduce((a, b) => a + b) / known.length : null;
+    }
+    condensed.push([part[part.length - 1][0], means]);
+  }
+  return condensed;
+}
+
+function addChart(spec) {
+  const all = data.metrics[spec.phase];
+  const series = spec.series.filter(([key]) => all.some(([, values]) => Number.isFinite(values[key])));
+  if (!series.length) return;
+  const keys = [...series.map(([key]) => key), ...(spec.band ? [spec.band] : [])];
+  const known = all.filter(([, values]) => series.some(([key]) => Number.isFinite(values[key])));
+  const lines = condense(known, keys, spec.stack ? 120 : 400);
+  const merged = Math.ceil(known.length / lines.length);
+  const format = spec.share ? show.percent : spec.format || show.number;
+  const last = (key) => known.map(([, values]) => values[key]).filter(Number.isFinite).at(-1);
+
+  const plot = el("div", { className: "plot" });
+  const tip = el("div", { className: "tip", hidden: true });
+  const note = [spec.note, merged > 1 ? `Each ${spec.stack ? "bar" : "point"} is the mean of ${merged} steps.` : ""].filter(Boolean);
+  const legend = el("ul", { className: "legend" }, series.map(([key, label], index) =>
+    el("li", { className: `s${index}` }, el("i"), `${label} `, el("b", {}, format(last(key))))));
+  const card = el("figure", { className: spec.wide ? "chart wide" : "chart" },
+    el("figcaption", {}, el("h3", {}, spec.title), el("p", {}, note.join(" "))), legend, plot, tip);
+  byId(spec.more ? "more-charts" : "charts").append(card);
+
+  const spoken = series.map(([key, label]) => {
+    const values = known.map(([step, line]) => [step, line[key]]).filter(([, value]) => Number.isFinite(value));
+    const [from, to] = [values[0], values.at(-1)];
+    return `${label}: ${format(from[1])} at step ${from[0]}, ${format(to[1])} at step ${to[0]}`;
+  });
+  const draw = () => drawPlot({ spec, series, lines, format, plot, tip, label: `${spec.title}. ${spoken.join("; ")}.` });
+  draw();
+  new ResizeObserver(draw).observe(plot);
+}
+
+function range(spec, series, lines) {
+  if (spec.share) return [0, 1];
+  const tops = [], lows = [];
+  for (const [, values] of lines) {
+    const known = series.map(([key]) => values[key]).filter(Number.isFinite);
+    if (spec.stack) { tops.push(known.reduce((a, b) => a + b, 0)); continue; }
+    const spread = (spec.band && values[spec.band]) || 0;
+    tops.push(...known.map((value) => value + spread));
+    lows.push(...known.map((value) => value - spread));
+  }
+  let low = spec.zero || spec.stack ? 0 : Math.min(...lows);
+  let high = Math.max(...tops);
+  if (low === high) [low, high] = low === 0 ? [0, 1] : [Math.min(0, low), Math.max(0, high)];
+  const marks = ticks(low, high, 4);
+  const step = marks.length > 1 ? marks[1] - marks[0] : high - low;
+  return [Math.floor(low / step + 1e-9) * step, Math.ceil(high / step - 1e-9) * step];
+}
+
+function drawPlot({ spec, series, lines, format, plot, tip, label }) {
+  const width = plot.clientWidth, height = 190;
+  if (!width) return; // inside closed details: drawn when they open
+  const [low, high] = range(spec, series, lines);
+  const axis = ticks(low, high, 4);
+  const axisText = (value) => (spec.share ? `${Math.round(value * 100)} %` : format === show.seconds ? `${show.number(value)} s` : show.number(value));
+  const edge = { left: 14 + 6.2 * Math.max(...axis.map((value) => axisText(value).length)), right: 12, top: 8, bottom: 24 };
+  const steps = lines.map(([step]) => step);
+  const [first, final] = [steps[0], steps.at(-1)];
+  const inner = width - edge.left - edge.right;
+  const bar = inner / lines.length;
+  const x = spec.stack
+    ? (index) => edge.left + (index + 0.5) * bar
+    : (index) => edge.left + (final === first ? 0.5 : (steps[index] - first) / (final - first)) * inner;
+  const y = (value) => edge.top + (1 - (value - low) / (high - low)) * (height - edge.top - edge.bottom);
+
+  const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": label, tabindex: 0 });
+  for (const value of axis) {
+    root.append(svg("line", { class: value === 0 ? "grid base" : "grid", x1: edge.left, x2: width - edge.right, y1: y(value), y2: y(value) }));
+    root.append(svg("text", { class: "axis", x: edge.left - 8, y: y(value) + 4, "text-anchor": "end" }, axisText(value)));
+  }
+  for (const step of ticks(first, final, Math.max(2, Math.min(6, Math.floor(width / 90))), true)) {
+    const index = steps.findIndex((value) => value >= step);
+    if (index < 0) continue;
+    const place = spec.stack || first === final ? x(index) : edge.left + ((step - first) / (final - first)) * inner;
+    root.append(svg("text", { class: "axis", x: place, y: height - 6, "text-anchor": "middle" }, step.toLocaleString("en")));
+  }
+
+  if (spec.stack) {
+    lines.forEach(([, values], index) => {
+      let below = 0;
+      series.forEach(([key], number) => {
+        const value = values[key] || 0;
+        const gap = Math.min(2, bar * 0.2);
+        root.append(svg("rect", { class: `s${number}`, x: x(index) - bar / 2 + gap / 2, width: Math.max(0.5, bar - gap),
+          y: y(below + value), height: Math.max(0, y(below) - y(below + value)) }));
+        below += value;
+      });
+    });
+  } else {
+    series.forEach(([key], number) => {
+      if (spec.band) root.append(svg("path", { class: `band s${number}`, d: bandPath(lines, key, spec.band, x, y) }));
+      let path = "", pen = "M";
+      lines.forEach(([, values], index) => {
+        if (!Number.isFinite(values[key])) { pen = "M"; return; }
+        path += `${pen}${x(index).toFixed(1)} ${y(values[key]).toFixed(1)}`;
+        pen = "L";
+        // few points (evaluations), or a point without neighbours, are marked
+        if (lines.length <= 30) root.append(svg("circle", { class: `dot s${number}`, cx: x(index), cy: y(values[key]), r: 3 }));
+      });
+      root.append(svg("path", { class: `line s${number}`, d: path }));
+    });
+  }
+  const cursor = svg("g", { class: "cursor" });
+  root.append(cursor);
+  plot.replaceChildren(root);
+
+  let current = -1;
+  function point(index) {
+    current = index;
+    cursor.replaceChildren();
+    tip.hidden = index < 0;
+    if (index < 0) return;
+    const [step, values] = lines[index];
+    cursor.append(svg("line", { x1: x(index), x2: x(index), y1: edge.top, y2: height - edge.bottom }));
+    if (!spec.stack) series.forEach(([key], number) => {
+      if (Number.isFinite(values[key])) cursor.append(svg("circle", { class: `dot s${number}`, cx: x(index), cy: y(values[key]), r: 4 }));
+    });
+    tip.replaceChildren(el("b", {}, `step ${step}`), ...series.filter(([key]) => Number.isFinite(values[key])).map(([key, name]) =>
+      el("span", { className: `s${series.findIndex((item) => item[0] === key)}` }, el("i"), `${name} `, el("b", {}, format(values[key])))));
+    tip.style.left = `${Math.min(Math.max(x(index), 80), width - 80)}px`;
+    tip.style.top = `${plot.offsetTop}px`;
+  }
+  root.addEventListener("pointermove", (event) => {
+    const place = event.clientX - root.getBoundingClientRect().left;
+    let nearest = 0;
+    lines.forEach((_, index) => { if (Math.abs(x(index) - place) < Math.abs(x(nearest) - place)) nearest = index; });
+    point(nearest);
+  });
+  root.addEventListener("pointerleave", () => point(-1));
+  root.addEventListener("blur", () => point(-1));
+  root.addEventListener("keydown", (event) => {
+    const move = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (move === undefined) return;
+    event.preventDefault();
+    point(current < 0 ? lines.length - 1 : Math.min(lines.length - 1, Math.max(0, current + move)));
+  });
+}
+
+function bandPath(lines, key, spread, x, y) {
+  const known = lines.map(([, values], index) => [index, values[key], values[spread]])
+    .filter(([, middle, width]) => Number.isFinite(middle) && Number.isFinite(width));
+  const side = (sign) => known.map(([index, middle, width]) => `${x(index).toFixed(1)} ${y(middle + sign * width).toFixed(1)}`);
+  return known.length > 1 ? `M${[...side(1), ...side(-1).reverse()].join("L")}Z` : "";
+}
+
+CHARTS.forEach(addChart);
+if (!byId("charts").children.length) byId("charts").append(el("p", { className: "empty" }, "No metrics yet."));
+byId("more").hidden = !byId("more-charts").children.length;
+
+// ------------------------------------------------------------------------------------ differences
+
+/** Words and the spaces between them. */
+const words = (text) => text.match(/\s+|[^\s]+/g) || [];
+
+/** Word-level difference by longest common subsequence: [[kind, text], ...], kind one of same, del, ins. */
+function difference(before, after) {
+  const a = words(before), b = words(after);
+  let start = 0, end = 0;
+  while (start < a.length && start < b.length && a[start] === b[start]) start++;
+  while (end < a.length - start && end < b.length - start && a[a.length - 1 - end] === b[b.length - 1 - end]) end++;
+  const [p, q] = [a.slice(start, a.length - end), b.slice(start, b.length - end)];
+  const parts = [["same", a.slice(0, start).join("")]];
+  if (p.length * q.length > 4e6) {
+    parts.push(["del", p.join("")], ["ins", q.join("")]); // too long to compare word by word
+  } else {
+    const row = q.length + 1;
+    const common = new Uint32Array((p.length + 1) * row); // common[i, j]: longest common subsequence of p[i..], q[j..]
+    for (let i = p.length - 1; i >= 0; i--)
+      for (let j = q.length - 1; j >= 0; j--)
+        common[i * row + j] = p[i] === q[j] ? common[(i + 1) * row + j + 1] + 1 : Math.max(common[(i + 1) * row + j], common[i * row + j + 1]);
+    let i = 0, j = 0;
+    while (i < p.length || j < q.length) {
+      if (i < p.length && j < q.length && p[i] === q[j]) { parts.push(["same", p[i]]); i++; j++; }
+      else if (j === q.length || (i < p.length && common[(i + 1) * row + j] >= common[i * row + j + 1])) parts.push(["del", p[i++]]);
+      else parts.push(["ins", q[j++]]);
+    }
+  }
+  parts.push(["same", a.slice(a.length - end).join("")]);
+  return parts;
+}
+
+/** One side of a difference: `side` is "del" for the text before, "ins" for the text after. */
+function marked(parts, side) {
+  const pieces = [];
+  for (const [kind, text] of parts) {
+    if (!text || (kind !== "same" && kind !== side)) continue;
+    const tail = pieces.at(-1);
+    if (tail && tail[0] === kind) tail[1] += text;
+    else pieces.push([kind, text]);
+  }
+  return pieces.map(([kind, text]) => (kind === "same" ? text : el(kind, {}, text)));
+}
+
+/** `text` with every occurrence of the `spans` marked. */
+function highlighted(text, spans) {
+  const nodes = [];
+  let rest = text;
+  for (;;) {
+    const hits = spans.filter(Boolean).map((span) => [rest.indexOf(span), span]).filter(([at]) => at >= 0);
+    if (!hits.length) return [...nodes, rest];
+    const [at, span] = hits.reduce((a, b) => (b[0] < a[0] ? b : a));
+    nodes.push(rest.slice(0, at), el("mark", { title: "evidence" }, span));
+    rest = rest.slice(at + span.length);
+  }
+}
+
+// --------------------------------------------------------------------------------------- episodes
+
+const rewardText = (reward) => (reward === null ? "n/a" : show.number(reward));
+const rewardClass = (reward) => (reward === null ? "none" : reward > 0 ? "good" : "bad");
+const signClass = (value) => (value > 0 ? "up" : value < 0 ? "down" : "flat");
+
+function block(title, className, ...content) {
+  const body = el("div", { className: "text" }, ...content);
+  if (!body.textContent) body.replaceChildren(el("em", {}, "empty"));
+  return el("div", { className: `block ${className}` }, el("h5", {}, title), body);
+}
+
+function turnCard(turn, number, episode) {
+  const reads = turn.chunk !== null;
+  const count = new Set(episode.turns.map((other) => other.chunk).filter((chunk) => chunk !== null)).size;
+  const chips = [
+    el("span", { className: turn.stop === "length" ? "chip warn" : "chip" }, turn.stop === "length" ? "cut by the token limit" : `stop: ${turn.stop}`),
+    el("span", { className: "chip" }, `${turn.prompt_tokens} → ${turn.completion_tokens} tokens`),
+    turn.trainable ? el("span", { className: `chip ${signClass(turn.advantage || 0)}` }, `advantage ${signed(turn.advantage || 0)}`) : el("span", { className: "chip" }, "not trained"),
+  ];
+  const evidence = episode.probes.flatMap((probe) => probe.evidence).filter((item) => item.chunk === turn.chunk).map((item) => item.text);
+  const changed = turn.memory_before !== turn.memory_after;
+  const panes = [];
+  if (turn.chunk_text !== null) panes.push(block("Chunk", "chunk", highlighted(turn.chunk_text, evidence)));
+  if (reads || changed) {
+    const parts = difference(turn.memory_before, turn.memory_after);
+    panes.push(block("Memory before", "before", marked(parts, "del")), block(changed ? "Memory after" : "Memory after, unchanged", "after", marked(parts, "ins")));
+  } else {
+    panes.push(block("Memory", "after", turn.memory_before));
+  }
+  const same = turn.text.trim() === turn.memory_after.trim() && changed;
+  const prompt = el("details", {}, el("summary", {}, `Full prompt, ${turn.prompt_tokens} tokens`));
+  prompt.addEventListener("toggle", () => {
+    if (prompt.children.length === 1) prompt.append(...turn.messages.map((message) => block(message.role, "message", message.content)));
+  });
+  return el("li", { className: "turn" },
+    el("header", {}, el("h4", {}, el("span", { className: "number" }, number + 1), turn.module, reads ? el("small", {}, `chunk ${turn.chunk + 1} of ${count}`) : null), el("div", { className: "chips" }, chips)),
+    turn.error ? el("p", { className: "error" }, turn.error) : null,
+    el("div", { className: `panes n${panes.length}` }, panes),
+    same ? el("p", { className: "hint" }, "The memory is the text as the policy wrote it.") : block("Text as written", "written", turn.text),
+    prompt);
+}
+
+function showEpisode(episode) {
+  const target = byId("episode");
+  if (!episode) {
+    target.replaceChildren(el("p", { className: "empty" }, "No episode fits."));
+    return;
+  }
+  const probes = episode.probes.map((probe, index) => {
+    const answer = episode.answers[index];
+    return el("section", { className: "probe" },
+      el("h3", {}, probe.question),
+      el("dl", {},
+        el("div", {}, el("dt", {}, "Gold"), el("dd", {}, probe.answers.join("  or  ") || "–")),
+        el("div", {}, el("dt", {}, "Answer"), el("dd", { className: "answer" },
+          answer && answer.text !== null ? answer.text : el("em", {}, answer ? "none could be read" : "never asked")))));
+  });
+  const scores = Object.entries(episode.scores).map(([name, score]) => el("tr", {},
+    el("th", { scope: "row" }, name),
+    el("td", { className: "value" }, score.value === null ? el("em", {}, "not measured") : show.number(score.value)),
+    el("td", {}, score.reason)));
+  const fact = (label, ...content) => el("div", {}, el("dt", {}, label), el("dd", {}, ...content));
+  target.replaceChildren(
+    ...probes,
+    el("dl", { className: "episode-facts" },
+      fact("Reward", el("b", { className: `pill ${rewardClass(episode.reward)}` }, rewardText(episode.reward))),
+      fact("Advantage", signed(episode.advantage || 0)),
+      fact("Task", episode.task),
+      episode.group ? fact("Group", episode.group) : null,
+      episode.id ? fact("Episode", episode.id) : null),
+    scores.length ? el("div", { className: "scroll" }, el("table", { className: "scores" },
+      el("thead", {}, el("tr", {}, ["Dimension", "Score", "Reason"].map((text) => el("th", { scope: "col" }, text)))), el("tbody", {}, scores))) : null,
+    el("ol", { className: "turns" }, episode.turns.map((turn, number) => turnCard(turn, number, episode))));
+}
+
+const FILTERS = {
+  all: () => true,
+  positive: (episode) => episode.reward > 0,
+  zero: (episode) => episode.reward !== null && episode.reward <= 0,
+  unmeasured: (episode) => episode.reward === null,
+  error: (episode) => episode.turns.some((turn) => turn.error),
+  length: (episode) => episode.turns.some((turn) => turn.stop === "length"),
+};
+
+function fits(episode, wanted) {
+  const texts = [episode.task, episode.id, ...episode.probes.flatMap((probe) => [probe.question, ...probe.answers]), ...episode.answers.map((answer) => answer.text || "")];
+  return texts.some((text) => text.toLowerCase().includes(wanted));
+}
+
+function startViewer() {
+  const [split, step, filter, sort, find] = ["split", "step", "filter", "sort", "find"].map(byId);
+  const unique = (values) => [...new Set(values)];
+  const options = (select, values) => select.replaceChildren(...values.map((value) => el("option", { value }, String(value))));
+
+  function listSteps() {
+    const wanted = step.value;
+    const steps = unique(data.episodes.filter((episode) => episode.split === split.value).map((episode) => episode.step)).sort((a, b) => a - b);
+    options(step, steps);
+    step.value = steps.map(String).includes(wanted) ? wanted : String(steps.at(-1));
+    listEpisodes();
+  }
+
+  function listEpisodes() {
+    const here = data.episodes.filter((episode) => episode.split === split.value && String(episode.step) === step.value);
+    const wanted = find.value.trim().toLowerCase();
+    const found = here.filter((episode) => FILTERS[filter.value](episode) && (!wanted || fits(episode, wanted)));
+    const worth = (episode) => episode.reward ?? -Infinity;
+    if (sort.value === "best") found.sort((a, b) => worth(b) - worth(a));
+    if (sort.value === "worst") found.sort((a, b) => worth(a) - worth(b));
+    byId("count").textContent = `${found.length} of ${here.length} episodes`;
+    byId("step-back").disabled = step.selectedIndex <= 0;
+    byId("step-on").disabled = step.selectedIndex >= step.options.length - 1;
+    const buttons = found.map((episode) => {
+      const button = el("button", { type: "button" },
+        el("b", { className: `pill ${rewardClass(episode.reward)}` }, rewardText(episode.reward)),
+        el("span", {}, episode.probes[0]?.question || episode.task));
+      button.addEventListener("click", () => choose(button, episode));
+      return button;
+    });
+    byId("list").replaceChildren(...buttons.map((button) => el("li", {}, button)));
+    if (found.length) choose(buttons[0], found[0]);
+    else showEpisode(null);
+  }
+
+  function choose(button, episode) {
+    for (const other of byId("list").querySelectorAll("[aria-current]")) other.removeAttribute("aria-current");
+    button.setAttribute("aria-current", "true");
+    showEpisode(episode);
+  }
+
+  function move(by) {
+    step.selectedIndex += by;
+    listEpisodes();
+  }
+
+  options(split, unique(data.episodes.map((episode) => episode.split)));
+  split.addEventListener("change", listSteps);
+  for (const control of [step, filter, sort]) control.addEventListener("change", listEpisodes);
+  find.addEventListener("input", listEpisodes);
+  byId("step-back").addEventListener("click", () => move(-1));
+  byId("step-on").addEventListener("click", () => move(1));
+  listSteps();
+}
+
+if (data.episodes.length) startViewer();
