@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib
 import importlib.util
 import sys
+import typing
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from memfactory.errors import RecipeError
+from pydantic import TypeAdapter, ValidationError
+
+from memfactory.errors import MemFactoryError, RecipeError, RecipeErrors
 from memfactory.recipe import nearest
 
 
@@ -83,3 +87,37 @@ def find_in_folder(name: str, folder: str) -> Any:
             return _attribute(load_file(path), attribute, str(path))
     stems = sorted({path.stem for root in roots if root.is_dir() for path in root.glob("*.py")})
     raise RecipeError(f"'{name}' is in no file of {folder}/", f"looked for {file or name}.py", nearest(file, stems))
+
+
+def construct(cls: type, options: dict[str, Any], where: str) -> Any:
+    """An instance of the dataclass `cls` from a recipe section, its options checked like the recipe itself.
+
+    Args:
+        cls: a dataclass, e.g. an agent or an environment.
+        options: field values as YAML gives them.
+        where: the section, for messages, e.g. ``agent``.
+
+    Raises:
+        RecipeErrors: unknown options (with the nearest one), wrong types, missing values; all together.
+    """
+    if not dataclasses.is_dataclass(cls):
+        return cls(**options)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    hints = typing.get_type_hints(cls)
+    errors: list[MemFactoryError] = []
+    values: dict[str, Any] = {}
+    for key, value in options.items():
+        if key not in fields:
+            errors.append(RecipeError(f"{where}.{key}: unknown option of {cls.__name__}", "", nearest(key, [*fields])))
+            continue
+        try:
+            values[key] = TypeAdapter(hints[key]).validate_python(value)
+        except ValidationError as error:
+            errors.append(RecipeError(f"{where}.{key}: {error.errors()[0]['msg']} (got {value!r})"))
+    for key, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and key not in options:
+            errors.append(RecipeError(f"{where}.{key}: missing", "", f"add `{key}:`"))
+    if errors:
+        raise RecipeErrors(where, errors)
+    return cls(**values)

@@ -137,6 +137,10 @@ class RolloutSection(_Section):
     """Most key-value cache positions (sequences x longest sequence) in one generation batch."""
     train_token_budget: int = Field(default=16384, ge=1)
     """Most token positions (rows x longest row) in one forward and backward pass."""
+    max_failed_share: float = Field(default=0.25, ge=0, le=1)
+    """Share of a batch's episodes that may be unscorable before the run stops. They never count as zero."""
+    log_episodes: int = Field(default=16, ge=0)
+    """Training episodes written to `episodes.jsonl` at every log step."""
 
 
 class EvalSection(_Section):

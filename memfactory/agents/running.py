@@ -1,0 +1,56 @@
+"""Running many episodes together, from ordinary blocking code."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+
+from memfactory.agents.base import Agent
+from memfactory.episode import Episode, Task
+from memfactory.policy.base import Policy
+
+
+def run_episodes(
+    agent: Agent, tasks: Sequence[Task], policy: Policy, on_done: Callable[[], None] | None = None
+) -> list[Episode]:
+    """Run `agent` once per entry of `tasks`, all at the same time; results in the order of `tasks`.
+
+    The policy decides what is computed together. Tasks may repeat; each run has a store of its own.
+
+    Args:
+        on_done: called after each finished episode, e.g. to move a progress bar.
+
+    Raises:
+        MemFactoryError: the first episode that raised; the others are cancelled.
+    """
+
+    async def one(task: Task) -> Episode:
+        episode = await agent.run(task, policy)
+        episode.group = task.id
+        if on_done is not None:
+            on_done()
+        return episode
+
+    async def everything() -> list[Episode]:
+        return await asyncio.gather(*(one(task) for task in tasks))
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(everything())
+    # Called from inside a loop (a notebook): asyncio allows no second one in this thread.
+    outcome: list[Episode | BaseException] = []
+
+    def target() -> None:
+        try:
+            outcome.extend(asyncio.run(everything()))
+        except BaseException as error:
+            outcome[:] = [error]
+
+    thread = threading.Thread(target=target, name="memfactory-episodes")
+    thread.start()
+    thread.join()
+    if outcome and isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return [episode for episode in outcome if isinstance(episode, Episode)]

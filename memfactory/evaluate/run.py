@@ -1,0 +1,111 @@
+"""Evaluating an agent on held-out tasks: the same `Agent.run` as in training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from rich.progress import Progress
+
+from memfactory.agents.base import Agent
+from memfactory.agents.running import run_episodes
+from memfactory.episode import Episode, Task
+from memfactory.evaluate.retention import capture_and_retention
+from memfactory.policy.base import Sampling
+from memfactory.policy.transformers_backend import TransformersPolicy
+from memfactory.reward.aggregate import WeightedDimension, score_episodes
+from memfactory.runs import RunFolder
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """How to evaluate. Field meanings are those of the recipe's `eval:` section."""
+
+    dimensions: Sequence[WeightedDimension] = ()
+    metric: str = "answer.exact_match"
+    """Name of the dimension reported as accuracy; it must be among `dimensions`."""
+    samples: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    greedy: bool = True
+    seed: int = 0
+    concurrent: int = 2048
+    """Episodes in flight at once; bounds host memory, not results."""
+
+
+@dataclass
+class EvalResult:
+    """What an evaluation measured."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    """``sampled_em``, ``greedy_em``: share of right answers. ``n``: tasks. ``*_failed``: episodes that could
+    not be scored and are in no mean. ``*_capture``, ``*_retain``: see :mod:`memfactory.evaluate.retention`;
+    absent where tasks carry no evidence."""
+    episodes: dict[str, list[Episode]] = field(default_factory=dict)
+    """By split name: ``eval`` (sampled) and ``eval_greedy``."""
+
+    def log(self, run: RunFolder, step: int, episodes: int = 32) -> None:
+        """Write metrics and the first `episodes` episodes of each kind to the run folder."""
+        run.log_metrics(step, dict(self.metrics), phase="eval")
+        for split, all_of_them in self.episodes.items():
+            run.log_episodes(step, split, all_of_them[:episodes], tokens=False)
+
+
+def evaluate_agent(
+    agent: Agent,
+    tasks: Sequence[Task],
+    policy: TransformersPolicy,
+    options: EvalOptions,
+    progress: Progress | None = None,
+) -> EvalResult:
+    """Run `agent` on `tasks`, sampled and, if asked, greedy, and score every episode.
+
+    The policy's sampling and random state are as before when this returns, so evaluating in the middle
+    of a training run changes nothing in it.
+    """
+    before = policy.sampling, policy.generator.get_state()
+    kinds = [("sampled", "eval", Sampling(options.temperature, options.top_p), options.samples)]
+    if options.greedy:
+        kinds.append(("greedy", "eval_greedy", Sampling(0.0), 1))
+    result = EvalResult({"n": float(len(tasks))})
+    try:
+        for kind, split, sampling, samples in kinds:
+            policy.sampling = sampling
+            policy.generator.manual_seed(options.seed)
+            runs = [task for task in tasks for _ in range(samples)]
+            bar = progress.add_task(f"evaluate ({kind})", total=len(runs)) if progress is not None else None
+            episodes: list[Episode] = []
+            for start in range(0, len(runs), options.concurrent):
+                episodes += run_episodes(
+                    agent,
+                    runs[start : start + options.concurrent],
+                    policy,
+                    (lambda: progress.advance(bar)) if progress is not None and bar is not None else None,
+                )
+            score_episodes(episodes, options.dimensions)
+            for number, episode in enumerate(episodes):
+                episode.id = f"{split}/{number}"
+            result.episodes[split] = episodes
+            result.metrics |= _summarise(kind, episodes, options)
+    finally:
+        policy.sampling = before[0]
+        policy.generator.set_state(before[1])
+    return result
+
+
+def _summarise(kind: str, episodes: Sequence[Episode], options: EvalOptions) -> dict[str, float]:
+    values = [v for episode in episodes if (v := episode.scores[options.metric].value) is not None]
+    metrics = {f"{kind}_em": math.fsum(values) / len(values) if values else float("nan")}
+    metrics[f"{kind}_failed"] = float(len(episodes) - len(values))
+    for weighted in options.dimensions:
+        if weighted.name != options.metric:
+            own = [v for episode in episodes if (v := episode.scores[weighted.name].value) is not None]
+            if own:
+                metrics[f"{kind}_{weighted.name}"] = math.fsum(own) / len(own)
+    capture, retain = capture_and_retention(episodes)
+    if capture is not None:
+        metrics[f"{kind}_capture"] = capture
+    if retain is not None:
+        metrics[f"{kind}_retain"] = retain
+    return metrics

@@ -1,0 +1,149 @@
+"""What a person sees while a run goes on, what is written down, and how Ctrl-C ends it well."""
+
+from __future__ import annotations
+
+import math
+import signal
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from memfactory.runs import RunFolder
+
+
+def progress_bar(console: Console) -> Progress:
+    """The bar used for all long work: what, how far, elapsed, left."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+def verdict(logs: dict[str, float]) -> str:
+    """One line on whether groups carry signal, and why the others do not."""
+    groups, dead = logs.get("groups/count"), logs.get("groups/dead_share")
+    if groups is None or dead is None:
+        return ""
+    live = 1 - dead
+    reasons = {
+        "all right": logs.get("groups/solved_share", 0.0),
+        "all wrong": logs.get("groups/failed_share", 0.0),
+        "all equal": logs.get("groups/tied_share", 0.0),
+        "not scored": logs.get("groups/unmeasured_share", 0.0),
+    }
+    why = ", ".join(f"{share:.0%} {reason}" for reason, share in reasons.items() if share > 0)
+    text = f"{live:.0%} of {groups:.0f} groups teach" + (f" ({why})" if why else "")
+    if live == 0:
+        worst = max(reasons, key=lambda reason: reasons[reason])
+        advice = {
+            "all right": "the tasks are too easy now",
+            "all wrong": "the tasks are too hard or the reward is broken",
+            "all equal": "the reward does not tell episodes apart",
+            "not scored": "the reward could not be measured",
+        }[worst]
+        text += f" -> no update: {advice}"
+    return text
+
+
+class RunLog(TrainerCallback):
+    """Writes metrics to the run folder and prints one line per log step."""
+
+    def __init__(self, run: RunFolder | None, console: Console, total_steps: int) -> None:
+        self.run = run
+        self.console = console
+        self.total_steps = total_steps
+        self.progress = progress_bar(console)
+        self._bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.progress.start()
+            self._bar = self.progress.add_task("train", total=state.max_steps, completed=state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.stop()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self.progress.update(self._bar, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
+            return
+        numbers = {k: _number(v) for k, v in logs.items() if k not in ("epoch", "num_tokens", "step_time")}
+        if self.run is not None:
+            self.run.log_metrics(state.global_step, numbers, phase="train")
+        seconds = sum(logs.get(f"time/{part}") or 0.0 for part in ("generate", "reward", "train", "optimizer", "other"))
+        self.progress.console.print(
+            f"step {state.global_step:>4}/{state.max_steps}  reward {logs.get('reward') or math.nan:.3f} "
+            f"± {logs.get('reward_std') or 0.0:.2f}  {verdict(logs)}  {seconds:.1f} s",
+            highlight=False,
+        )
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        if metrics and state.is_world_process_zero:
+            self.progress.console.print(f"step {state.global_step:>4}  held out: {describe(metrics, 'eval_')}")
+
+
+def describe(metrics: dict[str, float], prefix: str = "") -> str:
+    """Sampled accuracy first, greedy beside it."""
+    parts = [f"exact match {metrics[f'{prefix}sampled_em']:.3f} sampled"]
+    if f"{prefix}greedy_em" in metrics:
+        parts.append(f"{metrics[f'{prefix}greedy_em']:.3f} greedy")
+    if f"{prefix}sampled_retain" in metrics:
+        parts.append(f"facts kept per chunk {metrics[f'{prefix}sampled_retain']:.2f}")
+    return ", ".join(parts)
+
+
+class StopOnInterrupt(TrainerCallback):
+    """First Ctrl-C (or SIGTERM): finish the step, save a checkpoint, stop. Second Ctrl-C: stop at once."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.interrupted = False
+        self._before: dict[int, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._handle)
+            except ValueError:  # not in the main thread: whoever runs it handles signals
+                return
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.interrupted and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        self.console.print("[yellow]stopping after this step, with a checkpoint (Ctrl-C again: at once)[/yellow]")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if self.interrupted:
+            control.should_save = True
+            control.should_training_stop = True
+            control.should_evaluate = False
+        return control
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _number(value: Any) -> float | None:
+    """Numbers as they are; TRL logs some (grad_norm, learning_rate) as text in newer versions."""
+    if value is None:
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None

@@ -1,0 +1,138 @@
+"""From a recipe to its parts: everything that can be checked before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from memfactory.agents import Agent, build_agent
+from memfactory.environments import build_environment
+from memfactory.environments.base import Environment, Split
+from memfactory.environments.overlap import check_disjoint
+from memfactory.episode import Task
+from memfactory.errors import DataError, MemFactoryError, RecipeError, RecipeErrors
+from memfactory.evaluate.run import EvalOptions
+from memfactory.policy.base import Policy
+from memfactory.recipe import Recipe, apply_overrides, read_yaml, schema_errors
+from memfactory.reward.aggregate import WeightedDimension, load_dimension
+from memfactory.train.config import check_train
+
+PartT = TypeVar("PartT")
+
+
+@dataclass
+class Prepared:
+    """A checked recipe and the objects it names; no model yet."""
+
+    recipe: Recipe
+    agent: Agent
+    environment: Environment
+    train_tasks: Sequence[Task]
+    eval_tasks: Sequence[Task]
+    dimensions: list[WeightedDimension]
+
+    @property
+    def eval_options(self) -> EvalOptions:
+        section = self.recipe.eval
+        dimensions = list(self.dimensions)
+        if section.metric not in [weighted.name for weighted in dimensions]:
+            dimensions.append(WeightedDimension(section.metric, load_dimension(section.metric), 0.0))
+        return EvalOptions(
+            dimensions=dimensions,
+            metric=section.metric,
+            samples=section.samples,
+            temperature=section.temperature,
+            top_p=section.top_p,
+            greedy=section.greedy,
+            seed=self.recipe.seed,
+        )
+
+    @property
+    def vocabulary(self) -> list[str] | None:
+        """Every word of the environment, where it has a closed vocabulary."""
+        words = getattr(self.environment, "vocabulary", None)
+        return words() if words is not None else None
+
+    @property
+    def max_turn_tokens(self) -> int:
+        """Longest turn the agent allows: TRL's `max_completion_length`."""
+        limits = [getattr(self.agent, name, 0) for name in ("max_memory_tokens", "max_answer_tokens")]
+        return max(limits) or 1024
+
+
+def prepare(path: Path, overrides: Sequence[str] = (), *, load_tasks: bool = True) -> Prepared:
+    """Read and check a recipe completely.
+
+    Args:
+        path: the recipe file.
+        overrides: ``key=value`` entries that replace or add to it.
+        load_tasks: False leaves the datasets alone, for checking the recipe itself.
+
+    Raises:
+        RecipeErrors: everything that is wrong with the recipe, in one message.
+        DataError: the recipe is right but a dataset is not.
+    """
+    data = apply_overrides(read_yaml(path), list(overrides))
+    recipe, errors = schema_errors(data)
+    train = data.get("train")
+    errors += check_train(train) if isinstance(train, dict) else []
+    if recipe is None:
+        raise RecipeErrors(str(path), errors)
+
+    def attempt(make: Callable[[], PartT]) -> PartT | None:
+        try:
+            return make()
+        except RecipeErrors as several:
+            errors.extend(several.errors)
+        except RecipeError as error:
+            errors.append(error)
+        return None
+
+    agent = attempt(lambda: build_agent(recipe.agent.name, recipe.agent.options))
+    environment = attempt(lambda: build_environment(recipe.environment.name, recipe.environment.options))
+    dimensions: list[WeightedDimension] = []
+    for section in recipe.rewards:
+        dimension = attempt(lambda name=section.name: load_dimension(name))  # type: ignore[misc]
+        if dimension is not None:
+            dimensions.append(WeightedDimension(section.name, dimension, section.weight))
+    names = [section.name for section in recipe.rewards]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        errors.append(RecipeError(f"rewards: '{name}' stands there twice", "", "give it one entry with one weight"))
+    if recipe.eval.metric not in names:
+        attempt(lambda: load_dimension(recipe.eval.metric))
+    if errors:
+        raise RecipeErrors(str(path), errors)
+    assert agent is not None and environment is not None
+
+    train_tasks: Sequence[Task] = []
+    eval_tasks: Sequence[Task] = []
+    if load_tasks:
+        train_tasks = environment.tasks(Split.TRAIN, recipe.environment.train_tasks)
+        eval_tasks = environment.tasks(Split.TEST, recipe.environment.test_tasks)
+        for split, tasks in (("training", train_tasks), ("held-out", eval_tasks)):
+            if not tasks:
+                raise DataError(f"environment {recipe.environment.name}", f"it has no {split} tasks")
+        check_disjoint(train_tasks, eval_tasks)
+    return Prepared(recipe, agent, environment, train_tasks, eval_tasks, dimensions)
+
+
+def check_documents(agent: Agent, tasks: Sequence[Task], policy: Policy) -> None:
+    """Fail now, not after hours, on documents the agent would refuse.
+
+    Raises:
+        DataError: the first such task, and how many there are.
+    """
+    chunks: Any = getattr(agent, "chunks", None)
+    if chunks is None:
+        return
+    refused: list[DataError] = []
+    for task in tasks:
+        try:
+            chunks(task, policy)
+        except DataError as error:
+            refused.append(error)
+    if refused:
+        first = refused[0]
+        raise DataError(f"{len(refused)} of {len(tasks)} documents, first {first.what}", first.why, first.fix)

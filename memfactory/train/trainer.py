@@ -1,0 +1,485 @@
+"""`EpisodeGRPOTrainer`: TRL's GRPO loop over episodes of many turns.
+
+What is TRL's stays TRL's: options, data order, loss, optimizer, schedules, PEFT, checkpoints,
+trackers. This subclass replaces how a generation batch becomes training input:
+
+==========================================  ==============================================================
+Override                                    Replaces, in trl 1.16.0 ``trainer/grpo_trainer.py``
+==========================================  ==============================================================
+``training_step``                           lines 1510-1520: one forward and backward per step becomes one
+                                            per micro-batch, their number set by a token budget
+``_prepare_inputs``                         lines 1522-1551 and, through them, ``_generate_and_score_completions``
+                                            (2324-2937): episodes, rewards, credit, rows
+``_get_per_token_logps_and_entropies``      lines 1419-1508: the same numbers without work on padding
+``_compute_loss``                           lines 3015-3292 are called unchanged, with the ``dapo`` reduction
+                                            and token weights that express every other one
+``evaluate``                                held-out episodes by the same agent instead of a loss
+``_save_checkpoint``, ``_load_optimizer_and_scheduler``   add the rollout buffer to the checkpoint
+==========================================  ==============================================================
+
+`tests/train/test_trl_contract.py` fails when an installed TRL no longer fits this table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOConfig, GRPOTrainer
+from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import use_adapter
+
+from memfactory.agents.base import Agent
+from memfactory.agents.running import run_episodes
+from memfactory.episode import Episode, StopReason, Task
+from memfactory.errors import EngineError, RewardError
+from memfactory.evaluate.run import EvalOptions, evaluate_agent
+from memfactory.policy.base import Sampling
+from memfactory.policy.models import eos_ids
+from memfactory.policy.transformers_backend import TransformersPolicy
+from memfactory.recipe import CreditSection, RolloutSection
+from memfactory.reward.aggregate import WeightedDimension, score_episodes
+from memfactory.reward.credit import Advantages, GroupState, assign_credit, group_advantages, shuffle_within_groups
+from memfactory.runs import RunFolder
+from memfactory.train.rows import Row, build_rows, collate, cut, deal, loss_weights
+from memfactory.train.scoring import CompletionScorer
+
+_BUFFER_FILE = "rollout_buffer.pt"
+# Loss types that share the clipped per-token term and differ in how they average it: each is the
+# ``dapo`` reduction with other token weights (see `rows.loss_weights`).
+_AS_DAPO = ("grpo", "bnpo", "dr_grpo", "luspo")
+SUPPORTED_LOSS_TYPES = ("dapo", "cispo", "vespo", *_AS_DAPO)
+
+MicroBatch = dict[str, torch.Tensor]
+
+
+@dataclass
+class Parts:
+    """What an episode trainer needs beside TRL's arguments."""
+
+    agent: Agent
+    train_tasks: Sequence[Task]
+    eval_tasks: Sequence[Task]
+    dimensions: Sequence[WeightedDimension]
+    credit: CreditSection = field(default_factory=CreditSection)
+    rollout: RolloutSection = field(default_factory=RolloutSection)
+    eval: EvalOptions = field(default_factory=EvalOptions)
+    run: RunFolder | None = None
+    """Where episodes are logged; None logs none."""
+
+
+def _never_called(completions: list[Any], **columns: Any) -> list[float]:
+    """TRL refuses to start without a reward function; rewards here come from `Parts.dimensions`."""
+    raise EngineError(
+        "TRL's own reward path was reached",
+        "the installed TRL no longer calls `_prepare_inputs` as 1.16 does",
+        "install the pinned version: pip install 'trl>=1.16,<1.17'",
+    )
+
+
+class EpisodeGRPOTrainer(GRPOTrainer):
+    """GRPO over episodes.
+
+    Args:
+        parts: agent, tasks, rewards, credit, limits.
+        model: policy model, not yet wrapped.
+        args: TRL's configuration. Batch sizes count episodes: `per_device_train_batch_size` episodes per
+            training step, `num_generations` episodes per task.
+        kwargs: passed on to `trl.GRPOTrainer` (processing_class, peft_config, callbacks, optimizers).
+
+    Raises:
+        RecipeError: an option is not supported with episodes (see `train.config`).
+    """
+
+    def __init__(self, parts: Parts, model: Any, args: GRPOConfig, **kwargs: Any) -> None:
+        self.parts = parts
+        # The trainer sees only which task an episode works on; agents read the task itself.
+        train = Dataset.from_dict({"prompt": [""] * len(parts.train_tasks), "task": range(len(parts.train_tasks))})
+        test = Dataset.from_dict({"prompt": [""] * len(parts.eval_tasks), "task": range(len(parts.eval_tasks))})
+        super().__init__(
+            model=model, reward_funcs=[_never_called], args=args, train_dataset=train, eval_dataset=test, **kwargs
+        )
+        plain = self.accelerator.unwrap_model(self.model)
+        base = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
+        self._scorer = CompletionScorer(base)
+        self._ref_scorer = CompletionScorer(self.ref_model) if self.ref_model is not None else None
+        self.policy = TransformersPolicy(
+            plain,
+            self.processing_class,
+            sampling=Sampling(args.temperature, args.top_p, args.top_k or 0, args.min_p or 0.0, args.repetition_penalty),
+            eos_ids=eos_ids(base, self.processing_class),
+            token_budget=parts.rollout.generate_token_budget,
+            autocast=self.accelerator.autocast,
+            template_options=self.chat_template_kwargs,
+        )
+        self._buffer: list[list[MicroBatch]] = []
+        """Micro-batches of each training step of the current generation batch."""
+        self._seconds = {"generate": 0.0, "reward": 0.0, "forward": 0.0, "backward": 0.0, "optimizer": 0.0}
+        self._window_start: float | None = None
+        self._computed_tokens = [0, 0]  # real, computed
+        self.totals = {"episodes": 0, "generated_tokens": 0, "trained_tokens": 0, "real": 0, "computed": 0}
+        self.total_seconds = dict.fromkeys((*self._seconds, "other"), 0.0)
+        self.add_callback(_StepClock(self))
+
+    # ---- one training step -------------------------------------------------------------------
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward over this step's micro-batches; the loss is their sum."""
+        if self._window_start is None:
+            self._window_start = time.perf_counter()
+        began = time.perf_counter()
+        steps = self.args.steps_per_generation
+        if self._step % (steps * self.num_iterations) == 0 or not self._buffer:
+            self._buffer = self._roll_out(model, inputs)
+        micro_batches = self._buffer[self._step % steps]
+        total = torch.zeros((), device=self.args.device)
+        sync = self.accelerator.sync_gradients
+        for number, micro in enumerate(micro_batches):
+            last = number == len(micro_batches) - 1
+            before = self._seconds["forward"]
+            start = time.perf_counter()
+            with self._accumulate(model, sync=sync and last):
+                total += Trainer.training_step(self, model, micro, num_items_in_batch)
+            elapsed = time.perf_counter() - start
+            self._seconds["backward"] += elapsed - (self._seconds["forward"] - before)
+        self._step += 1
+        self._current_train_step_time += time.perf_counter() - began
+        if self._step % self.current_gradient_accumulation_steps == 0:
+            self._metrics["train"]["step_time"].append(self._current_train_step_time)
+            self._current_train_step_time = 0.0
+        return total
+
+    @contextmanager
+    def _accumulate(self, model: Any, *, sync: bool) -> Iterator[None]:
+        """Gradients are exchanged between ranks once, on the last micro-batch of an optimizer step."""
+        state = self.accelerator.gradient_state
+        before = state.sync_gradients
+        state._set_sync_gradients(sync)
+        try:
+            with nullcontext() if sync else self.accelerator.no_sync(model):
+                yield
+        finally:
+            state._set_sync_gradients(before)
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        """Micro-batches are complete when they reach here."""
+        return generation_batch
+
+    def _compute_loss(self, model: Any, inputs: MicroBatch) -> torch.Tensor:
+        start = time.perf_counter()
+        if self.beta != 0.0 and "ref_per_token_logps" not in inputs:
+            inputs["ref_per_token_logps"] = self._reference_logps(inputs)
+        asked = self.loss_type
+        self.loss_type = "dapo" if asked in _AS_DAPO else asked
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self.loss_type = asked
+            self._seconds["forward"] += time.perf_counter() - start
+
+    @torch.no_grad()
+    def _reference_logps(self, inputs: MicroBatch) -> torch.Tensor:
+        """Log-probs (B, T) under the reference model, or under the model without its adapter."""
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        width = inputs["completion_ids"].size(1)
+        if self._ref_scorer is not None:
+            with self.accelerator.autocast():
+                return self._ref_scorer.score(self.ref_model, ids, mask, width)[0]
+        plain = self.accelerator.unwrap_model(self.model)
+        with use_adapter(plain, adapter_name="ref" if "ref" in plain.peft_config else None):
+            return self._get_per_token_logps_and_entropies(self.model, ids, mask, width)[0]
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **multimodal: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        options = {"output_router_logits": True} if compute_aux_loss else {}
+        with self.accelerator.autocast():
+            logps, entropies, aux_loss = self._scorer.score(
+                model, input_ids, attention_mask, logits_to_keep, **options
+            )
+        return logps, entropies if compute_entropy else None, aux_loss
+
+    # ---- from tasks to micro-batches ---------------------------------------------------------
+
+    def _roll_out(self, model: Any, inputs: Sequence[dict[str, Any]]) -> list[list[MicroBatch]]:
+        """Run, score and credit this rank's share of a generation batch, and cut it into micro-batches."""
+        tasks = [self.parts.train_tasks[row["task"]] for row in inputs]
+        rank = self.accelerator.process_index
+        start = time.perf_counter()
+        with self._sampling_model() as sampling_model:
+            self.policy.model = sampling_model
+            self.policy.version = self.state.global_step
+            self.policy.generator.manual_seed(_seed(self.args.seed, self.state.global_step, self._step, rank))
+            episodes = run_episodes(self.parts.agent, tasks, self.policy)
+        model.train()
+        self._seconds["generate"] += time.perf_counter() - start
+        for number, episode in enumerate(episodes):
+            episode.id = f"{self.state.global_step}/{rank}/{number}"
+
+        start = time.perf_counter()
+        faults = score_episodes(episodes, self.parts.dimensions)
+        failed = sum(episode.reward is None for episode in episodes)
+        if failed > self.parts.rollout.max_failed_share * len(episodes):
+            raise RewardError(
+                f"{failed} of {len(episodes)} episodes could not be scored",
+                "; ".join(faults.examples) or "their dimensions returned None",
+                "fix the reward, or raise rollout.max_failed_share",
+            )
+        if self.parts.credit.shuffle_rewards:
+            shuffle_within_groups(episodes, _seed(self.args.seed, "shuffle", self._step))
+        advantages = self._assign(episodes)
+        self._seconds["reward"] += time.perf_counter() - start
+
+        buffer = self._micro_batches(episodes)
+        self._log_rollout(episodes, advantages, failed)
+        return buffer
+
+    @contextmanager
+    def _sampling_model(self) -> Iterator[Any]:
+        """The model in evaluation mode, gathered and without gradient checkpointing."""
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as plain,
+            torch.no_grad(),
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            was_training = plain.training
+            plain.eval()
+            try:
+                yield plain
+            finally:
+                plain.train(was_training)
+
+    def _assign(self, episodes: list[Episode]) -> Advantages:
+        """Advantages over whole groups, also where a group straddles ranks; then credit to turns."""
+        rewards = gather_object([episode.reward for episode in episodes])
+        groups = gather_object([episode.group for episode in episodes])
+        advantages = group_advantages(rewards, groups, self.scale_rewards)
+        first = self.accelerator.process_index * len(episodes)
+        own = advantages.values[first : first + len(episodes)]
+        assign_credit(episodes, own, self.parts.credit.assigner)
+        if self.mask_truncated_completions:
+            for episode in episodes:
+                for turn in episode.turns:
+                    turn.trainable &= turn.stop is not StopReason.LENGTH
+        return advantages
+
+    def _micro_batches(self, episodes: list[Episode]) -> list[list[MicroBatch]]:
+        """Rows of the episodes that carry signal, in micro-batches, for each training step."""
+        measured = [episode for episode in episodes if episode.reward is not None]
+        tokens = [0] * len(measured)
+        all_rows = build_rows(measured)
+        for row in all_rows:
+            tokens[row.episode] += row.trained_tokens
+        # Groups without spread have advantage 0 and so no gradient: they count in every mean and cost no pass.
+        rows = [row for row in all_rows if any(row.advantages)]
+        weights = dict(
+            zip(map(id, rows), loss_weights(rows, tokens, self.loss_type, self.max_completion_length), strict=True)
+        )
+        total = float(self._reduce_sum(sum(tokens)))
+
+        steps, accumulation = self.args.steps_per_generation, self.args.gradient_accumulation_steps
+        windows = steps // accumulation if steps % accumulation == 0 else 1
+        plan: list[list[list[Row]]] = []
+        for window in _windows(rows, len(measured), windows, _seed(self.args.seed, "windows", self._step)):
+            plan += deal(cut(window, self.parts.rollout.train_token_budget), steps // windows)
+
+        # on-policy, TRL takes the ratio against the pass itself; otherwise against what was sampled
+        reused = self.num_iterations > 1 or windows > 1
+        buffer: list[list[MicroBatch]] = []
+        for step in plan:
+            count = self._reduce_max(len(step))  # every rank does as many passes as the busiest
+            micro_batches = []
+            for number in range(count):
+                group = step[number] if number < len(step) else []
+                size = self._reduce_max(len(group))
+                micro = collate(group, [weights[id(row)] for row in group], self._tokenizer.pad_token_id, size)
+                widest = max((row.length for row in group), default=2)
+                self._computed_tokens[0] += sum(row.length for row in group)
+                self._computed_tokens[1] += size * widest
+                micro = {key: value.to(self.args.device) for key, value in micro.items()}
+                if reused:
+                    micro["old_per_token_logps"] = micro["sampling_per_token_logps"]
+                micro["num_items_in_batch"] = torch.tensor(total, device=self.args.device)
+                micro_batches.append(micro)
+            buffer.append(micro_batches)
+        self.totals["trained_tokens"] += sum(row.trained_tokens for row in rows)
+        self._metrics["train"]["rows/count"].append(self._reduce_sum(len(all_rows)))
+        self._metrics["train"]["rows/trained"].append(self._reduce_sum(len(rows)))
+        self._metrics["train"]["tokens/trained"].append(self._reduce_sum(sum(row.trained_tokens for row in rows)))
+        return buffer
+
+    def _reduce_sum(self, value: float) -> float:
+        if self.accelerator.num_processes == 1:
+            return value
+        return self.accelerator.reduce(torch.tensor(float(value), device=self.args.device), reduction="sum").item()
+
+    def _reduce_max(self, value: int) -> int:
+        if self.accelerator.num_processes == 1:
+            return value
+        return int(self.accelerator.gather(torch.tensor([value], device=self.args.device)).max())
+
+    # ---- logging -----------------------------------------------------------------------------
+
+    def _log_rollout(self, episodes: list[Episode], advantages: Advantages, failed: int) -> None:
+        metrics = self._metrics["train"]
+
+        def mean(name: str, values: Sequence[float]) -> None:
+            count = self._reduce_sum(len(values))
+            average = self._reduce_sum(math.fsum(values)) / count if count else float("nan")
+            metrics[name].append(average)
+
+        def spread(name: str, values: Sequence[float]) -> None:
+            count, first, second = (
+                self._reduce_sum(x) for x in (len(values), math.fsum(values), math.fsum(v * v for v in values))
+            )
+            variance = (second - first * first / count) / (count - 1) if count > 1 else 0.0
+            metrics[name].append(math.sqrt(max(variance, 0.0)))
+
+        rewards = [episode.reward for episode in episodes if episode.reward is not None]
+        mean("reward", rewards)
+        spread("reward_std", rewards)
+        for weighted in self.parts.dimensions:
+            values = [s.value for e in episodes if (s := e.scores[weighted.name]).value is not None]
+            mean(f"rewards/{weighted.name}/mean", values)
+            spread(f"rewards/{weighted.name}/std", values)
+        turns = [turn for episode in episodes for turn in episode.turns]
+        mean("turns/per_episode", [len(episode.turns) for episode in episodes])
+        mean("stop/length_share", [turn.stop is StopReason.LENGTH for turn in turns])
+        mean("turns/unusable_share", [bool(turn.error) for turn in turns])
+        mean("completions/mean_length", [len(turn.completion_ids) for turn in turns])
+        generated = sum(len(turn.completion_ids) for turn in turns)
+        metrics["tokens/generated"].append(self._reduce_sum(generated))
+        metrics["episodes/count"].append(self._reduce_sum(len(episodes)))
+        metrics["episodes/failed"].append(self._reduce_sum(failed))
+        metrics["groups/count"].append(len(advantages.groups))
+        metrics["groups/dead_share"].append(advantages.dead_share)
+        for state in (GroupState.SOLVED, GroupState.FAILED, GroupState.TIED, GroupState.UNMEASURED):
+            metrics[f"groups/{state}_share"].append(advantages.share(state))
+        metrics["frac_reward_zero_std"].append(advantages.dead_share)
+        self.totals["episodes"] += len(episodes)
+        self.totals["generated_tokens"] += generated
+        run = self.parts.run
+        step = self.state.global_step
+        if run is not None and self.accelerator.is_main_process and step % max(int(self.args.logging_steps), 1) == 0:
+            run.log_episodes(step, "train", episodes[: self.parts.rollout.log_episodes])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training and "loss" in logs and self._computed_tokens[1]:
+            real, computed = self._computed_tokens
+            logs["tokens/real_over_computed"] = real / computed
+            self.totals["real"] += real
+            self.totals["computed"] += computed
+            self._computed_tokens = [0, 0]
+        super().log(logs, start_time)
+
+    # ---- evaluation --------------------------------------------------------------------------
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Run the agent on the held-out tasks with the weights of now, sampled and (if asked) greedy.
+
+        Returns:
+            e.g. ``eval_sampled_em``, ``eval_greedy_em``, ``eval_sampled_retain``; also logged.
+        """
+        began = time.perf_counter()
+        was_training = self.model.training
+        with self._sampling_model() as plain:
+            self.policy.model = plain
+            result = evaluate_agent(self.parts.agent, self.parts.eval_tasks, self.policy, self.parts.eval)
+        self.model.train(was_training)
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in result.metrics.items()}
+        if self.parts.run is not None and self.accelerator.is_main_process:
+            result.log(self.parts.run, self.state.global_step)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self._window_start is not None:
+            self._window_start += time.perf_counter() - began  # evaluation is no part of a training step
+        return metrics
+
+    # ---- checkpoints -------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        state: dict[str, Any] = {"step": self._step, "buffer": []}
+        if self._step % (self.args.steps_per_generation * self.num_iterations) != 0:
+            state["buffer"] = self._buffer  # updates are still to be made on these episodes
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        torch.save(state, folder / f"{self.accelerator.process_index}_{_BUFFER_FILE}")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / f"{self.accelerator.process_index}_{_BUFFER_FILE}"
+        if not path.is_file():
+            raise EngineError(f"{checkpoint}: not a checkpoint of this trainer", f"{path.name} is missing")
+        state = torch.load(path, map_location=self.args.device, weights_only=True)
+        self._step, self._buffer = state["step"], state["buffer"]
+
+
+def _windows(rows: list[Row], episodes: int, count: int, seed: int) -> list[list[Row]]:
+    """`rows` by optimizer step: episodes dealt at random, all rows of an episode in the same step."""
+    if count == 1:
+        return [rows]
+    order = torch.randperm(episodes, generator=torch.Generator().manual_seed(seed)).tolist()
+    window_of = {episode: position * count // episodes for position, episode in enumerate(order)}
+    return [[row for row in rows if window_of[row.episode] == window] for window in range(count)]
+
+
+def _seed(*parts: object) -> int:
+    """A 63-bit seed that depends on all `parts`; a resumed run draws the same numbers."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "big") >> 1
+
+
+class _StepClock(TrainerCallback):
+    """Splits the wall time of an optimizer step into phases and logs them in seconds."""
+
+    def __init__(self, trainer: EpisodeGRPOTrainer) -> None:
+        self.trainer = trainer
+        self._optimizer_start = 0.0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._optimizer_start = time.perf_counter()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._seconds["optimizer"] += time.perf_counter() - self._optimizer_start
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        now = time.perf_counter()
+        wall = now - trainer._window_start if trainer._window_start is not None else 0.0
+        seconds = dict(trainer._seconds)
+        seconds["other"] = max(wall - sum(seconds.values()), 0.0)
+        metrics = trainer._metrics["train"]
+        for phase in ("generate", "reward", "optimizer", "other"):
+            metrics[f"time/{phase}"].append(seconds[phase])
+        metrics["time/train"].append(seconds["forward"] + seconds["backward"])
+        for phase, value in seconds.items():
+            trainer.total_seconds[phase] += value
+        trainer._seconds = dict.fromkeys(trainer._seconds, 0.0)
+        trainer._window_start = now
