@@ -30,6 +30,8 @@ const show = {
     if (size < 0.001 || size >= 1e6) return value.toExponential(1);
     return size < 1 ? value.toFixed(3) : size < 100 ? value.toFixed(2) : value.toFixed(0);
   },
+  /** For round numbers: no zeros at the end. */
+  short: (value) => (value !== 0 && Math.abs(value) < 0.001 ? value.toExponential() : Number(value.toPrecision(6)).toLocaleString("en")),
 };
 const signed = (value) => (value > 0 ? "+" : value < 0 ? "−" : "") + show.number(Math.abs(value));
 
@@ -56,9 +58,8 @@ const CHARTS = [
     series: [["sampled_em", "sampled"], ["greedy_em", "greedy"]] },
   { title: "Reward", note: "Mean over the step's episodes; the band is one standard deviation.", phase: "train",
     series: [["reward", "reward"]], band: "reward_std" },
-  { title: "Evidence in memory", note: "Captured when its chunk was read; retained until the answer.", phase: "eval", share: true,
-    series: [["sampled_capture", "captured, sampled"], ["sampled_retain", "retained, sampled"],
-             ["greedy_capture", "captured, greedy"], ["greedy_retain", "retained, greedy"]] },
+  { title: "Evidence in memory", note: "Captured when its chunk was read; retained until the answer. Sampled.", phase: "eval", share: true,
+    series: [["sampled_capture", "captured"], ["sampled_retain", "retained"]] },
   { title: "Dead groups", note: "Groups whose episodes all got the same reward: they teach nothing.", phase: "train", share: true,
     series: [["groups/dead_share", "share of groups"]] },
   { title: "Reward dimensions", note: "Mean of each, before weighting.", phase: "train",
@@ -67,15 +68,15 @@ const CHARTS = [
   { title: "Turns", note: "Decisions of the policy per episode.", phase: "train", zero: true, series: [["turns/per_episode", "per episode"]] },
   { title: "Rows", note: "Training sequences per step; rows of dead groups are not trained.", phase: "train", zero: true,
     series: [["rows/count", "made"], ["rows/trained", "trained"]] },
+  { title: "Completion length", note: "Tokens per turn.", phase: "train", zero: true, series: [["completions/mean_length", "mean"]] },
   { title: "Time per step", note: "Where the seconds go.", phase: "train", stack: true, wide: true, format: show.seconds,
     series: [["time/generate", "generate"], ["time/reward", "reward"], ["time/train", "train"],
              ["time/optimizer", "optimizer"], ["time/other", "other"]] },
   { title: "Loss", phase: "train", more: true, series: [["loss", "loss"]] },
   { title: "Gradient norm", phase: "train", more: true, zero: true, series: [["grad_norm", "norm"]] },
   { title: "Learning rate", phase: "train", more: true, zero: true, series: [["learning_rate", "rate"]] },
-  { title: "Completion length", note: "Tokens per turn.", phase: "train", more: true, zero: true, series: [["completions/mean_length", "mean"]] },
   { title: "Turns cut by the token limit", phase: "train", more: true, share: true, series: [["stop/length_share", "share of turns"]] },
-  { title: "Clipped tokens", phase: "train", more: true, share: true, series: [["clip_ratio/region_mean", "share of tokens"]] },
+  { title: "Clipped tokens", phase: "train", more: true, zero: true, format: show.percent, series: [["clip_ratio/region_mean", "share of tokens"]] },
   { title: "Episodes", note: "Failed ones could not be measured and are in no baseline.", phase: "train", more: true, zero: true,
     series: [["episodes/count", "all"], ["episodes/failed", "failed"]] },
   { title: "Tokens per step", phase: "train", more: true, zero: true, series: [["tokens/generated", "generated"], ["tokens/trained", "trained"]] },
@@ -103,7 +104,9 @@ function condense(lines, keys, limit) {
 
 function addChart(spec) {
   const all = data.metrics[spec.phase];
-  const series = spec.series.filter(([key]) => all.some(([, values]) => Number.isFinite(values[key])));
+  // [metric name, label, colour]: a series keeps its colour when another one is missing
+  const series = spec.series.map(([key, label], index) => [key, label, `s${index}`])
+    .filter(([key]) => all.some(([, values]) => Number.isFinite(values[key])));
   if (!series.length) return;
   const keys = [...series.map(([key]) => key), ...(spec.band ? [spec.band] : [])];
   const known = all.filter(([, values]) => series.some(([key]) => Number.isFinite(values[key])));
@@ -115,8 +118,8 @@ function addChart(spec) {
   const plot = el("div", { className: "plot" });
   const tip = el("div", { className: "tip", hidden: true });
   const note = [spec.note, merged > 1 ? `Each ${spec.stack ? "bar" : "point"} is the mean of ${merged} steps.` : ""].filter(Boolean);
-  const legend = el("ul", { className: "legend" }, series.map(([key, label], index) =>
-    el("li", { className: `s${index}` }, el("i"), `${label} `, el("b", {}, format(last(key))))));
+  const legend = el("ul", { className: "legend" }, series.map(([key, label, colour]) =>
+    el("li", { className: colour }, el("i"), `${label} `, el("b", {}, format(last(key))))));
   const card = el("figure", { className: spec.wide ? "chart wide" : "chart" },
     el("figcaption", {}, el("h3", {}, spec.title), el("p", {}, note.join(" "))), legend, plot, tip);
   byId(spec.more ? "more-charts" : "charts").append(card);
@@ -154,8 +157,9 @@ function drawPlot({ spec, series, lines, format, plot, tip, label }) {
   if (!width) return; // inside closed details: drawn when they open
   const [low, high] = range(spec, series, lines);
   const axis = ticks(low, high, 4);
-  const axisText = (value) => (spec.share ? `${Math.round(value * 100)} %` : format === show.seconds ? `${show.number(value)} s` : show.number(value));
-  const edge = { left: 14 + 6.2 * Math.max(...axis.map((value) => axisText(value).length)), right: 12, top: 8, bottom: 24 };
+  const unit = format === show.percent ? " %" : format === show.seconds ? " s" : "";
+  const axisText = (value) => show.short(format === show.percent ? value * 100 : value) + unit;
+  const edge = { left: 14 + 6.2 * Math.max(...axis.map((value) => axisText(value).length)), right: 18, top: 8, bottom: 24 };
   const steps = lines.map(([step]) => step);
   const [first, final] = [steps[0], steps.at(-1)];
   const inner = width - edge.left - edge.right;
@@ -180,26 +184,26 @@ function drawPlot({ spec, series, lines, format, plot, tip, label }) {
   if (spec.stack) {
     lines.forEach(([, values], index) => {
       let below = 0;
-      series.forEach(([key], number) => {
+      series.forEach(([key, , colour]) => {
         const value = values[key] || 0;
         const gap = Math.min(2, bar * 0.2);
-        root.append(svg("rect", { class: `s${number}`, x: x(index) - bar / 2 + gap / 2, width: Math.max(0.5, bar - gap),
+        root.append(svg("rect", { class: colour, x: x(index) - bar / 2 + gap / 2, width: Math.max(0.5, bar - gap),
           y: y(below + value), height: Math.max(0, y(below) - y(below + value)) }));
         below += value;
       });
     });
   } else {
-    series.forEach(([key], number) => {
-      if (spec.band) root.append(svg("path", { class: `band s${number}`, d: bandPath(lines, key, spec.band, x, y) }));
+    series.forEach(([key, , colour]) => {
+      if (spec.band) root.append(svg("path", { class: `band ${colour}`, d: bandPath(lines, key, spec.band, x, y) }));
       let path = "", pen = "M";
       lines.forEach(([, values], index) => {
         if (!Number.isFinite(values[key])) { pen = "M"; return; }
         path += `${pen}${x(index).toFixed(1)} ${y(values[key]).toFixed(1)}`;
         pen = "L";
         // few points (evaluations), or a point without neighbours, are marked
-        if (lines.length <= 30) root.append(svg("circle", { class: `dot s${number}`, cx: x(index), cy: y(values[key]), r: 3 }));
+        if (lines.length <= 30) root.append(svg("circle", { class: `dot ${colour}`, cx: x(index), cy: y(values[key]), r: 3 }));
       });
-      root.append(svg("path", { class: `line s${number}`, d: path }));
+      root.append(svg("path", { class: `line ${colour}`, d: path }));
     });
   }
   const cursor = svg("g", { class: "cursor" });
@@ -214,11 +218,11 @@ function drawPlot({ spec, series, lines, format, plot, tip, label }) {
     if (index < 0) return;
     const [step, values] = lines[index];
     cursor.append(svg("line", { x1: x(index), x2: x(index), y1: edge.top, y2: height - edge.bottom }));
-    if (!spec.stack) series.forEach(([key], number) => {
-      if (Number.isFinite(values[key])) cursor.append(svg("circle", { class: `dot s${number}`, cx: x(index), cy: y(values[key]), r: 4 }));
+    if (!spec.stack) series.forEach(([key, , colour]) => {
+      if (Number.isFinite(values[key])) cursor.append(svg("circle", { class: `dot ${colour}`, cx: x(index), cy: y(values[key]), r: 4 }));
     });
-    tip.replaceChildren(el("b", {}, `step ${step}`), ...series.filter(([key]) => Number.isFinite(values[key])).map(([key, name]) =>
-      el("span", { className: `s${series.findIndex((item) => item[0] === key)}` }, el("i"), `${name} `, el("b", {}, format(values[key])))));
+    tip.replaceChildren(el("b", {}, `step ${step}`), ...series.filter(([key]) => Number.isFinite(values[key])).map(([key, name, colour]) =>
+      el("span", { className: colour }, el("i"), `${name} `, el("b", {}, format(values[key])))));
     tip.style.left = `${Math.min(Math.max(x(index), 80), width - 80)}px`;
     tip.style.top = `${plot.offsetTop}px`;
   }
@@ -322,21 +326,21 @@ function turnCard(turn, number, episode) {
   const reads = turn.chunk !== null;
   const count = new Set(episode.turns.map((other) => other.chunk).filter((chunk) => chunk !== null)).size;
   const chips = [
-    el("span", { className: turn.stop === "length" ? "chip warn" : "chip" }, turn.stop === "length" ? "cut by the token limit" : `stop: ${turn.stop}`),
+    el("span", { className: turn.stop === "length" ? "chip warn" : "chip" }, turn.stop === "length" ? "cut by the token limit" : "ended by itself"),
     el("span", { className: "chip" }, `${turn.prompt_tokens} → ${turn.completion_tokens} tokens`),
     turn.trainable ? el("span", { className: `chip ${signClass(turn.advantage || 0)}` }, `advantage ${signed(turn.advantage || 0)}`) : el("span", { className: "chip" }, "not trained"),
   ];
   const evidence = episode.probes.flatMap((probe) => probe.evidence).filter((item) => item.chunk === turn.chunk).map((item) => item.text);
   const changed = turn.memory_before !== turn.memory_after;
+  const asWritten = changed && turn.text.trim() === turn.memory_after.trim();
   const panes = [];
   if (turn.chunk_text !== null) panes.push(block("Chunk", "chunk", highlighted(turn.chunk_text, evidence)));
   if (reads || changed) {
     const parts = difference(turn.memory_before, turn.memory_after);
-    panes.push(block("Memory before", "before", marked(parts, "del")), block(changed ? "Memory after" : "Memory after, unchanged", "after", marked(parts, "ins")));
+    panes.push(block("Memory before", "before", marked(parts, "del")), block(`Memory after${asWritten ? ", as written" : changed ? "" : ", unchanged"}`, "after", marked(parts, "ins")));
   } else {
     panes.push(block("Memory", "after", turn.memory_before));
   }
-  const same = turn.text.trim() === turn.memory_after.trim() && changed;
   const prompt = el("details", {}, el("summary", {}, `Full prompt, ${turn.prompt_tokens} tokens`));
   prompt.addEventListener("toggle", () => {
     if (prompt.children.length === 1) prompt.append(...turn.messages.map((message) => block(message.role, "message", message.content)));
@@ -345,7 +349,7 @@ function turnCard(turn, number, episode) {
     el("header", {}, el("h4", {}, el("span", { className: "number" }, number + 1), turn.module, reads ? el("small", {}, `chunk ${turn.chunk + 1} of ${count}`) : null), el("div", { className: "chips" }, chips)),
     turn.error ? el("p", { className: "error" }, turn.error) : null,
     el("div", { className: `panes n${panes.length}` }, panes),
-    same ? el("p", { className: "hint" }, "The memory is the text as the policy wrote it.") : block("Text as written", "written", turn.text),
+    asWritten ? null : block("Text as written", "written", turn.text),
     prompt);
 }
 

@@ -109,7 +109,7 @@ def results(summary: Record, evals: list[tuple[int, dict[str, float | None]]]) -
         ]
         if rows:
             modes.append({"mode": mode, "rows": rows})
-    return {"modes": modes, "n": after.get("n") or before.get("n"), "when": when}
+    return {"modes": modes, "n": after.get("n") or before.get("n"), "when": when, "compared": bool(after)}
 
 
 def facts(summary: Record, train: list[tuple[int, dict[str, float | None]]]) -> list[tuple[str, str]]:

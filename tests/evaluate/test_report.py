@@ -55,7 +55,8 @@ def make_episode(rng: random.Random, skill: float, id: str, *, attack: str = "",
     right, memory, turns = rng.random() < skill, "", []
     for index, chunk in enumerate(stream):
         known = people[index] if right or people[index] != asked else "Somebody"
-        after = f"{memory} {known}: {where[people[index]]}.".strip() + attack
+        kept = memory if right or index != 3 else memory.partition(" ")[2]  # a wrong episode forgets a word
+        after = f"{kept} {known}: {where[people[index]]}.".strip() + attack
         turns.append(
             Turn(
                 module="write",
@@ -303,12 +304,25 @@ def test_a_finished_run(chromium: str, tmp_path: Path) -> None:
     assert "NaN" not in body
     assert "Infinity" not in body
     assert "undefined" not in body
-    # one episode is open: its turns, the difference of its memories, its evidence and its scores
+    # the first episode is open: its turns, the difference of its memories, its evidence and its scores
     assert body.count('class="turn"') == 5
     assert "<ins>" in body
     assert '<mark title="evidence">' in body
     assert "answer.exact_match" in text
     assert "All 76 logged episodes." in text
+
+
+@pytest.mark.browser
+def test_words_that_the_memory_lost_are_marked(chromium: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    episode = make_episode(random.Random(0), 0.0, "e")
+    turn = episode.turns[1]
+    turn.memory_before, turn.memory_after, turn.text = "the red boat sank", "the boat sank twice", "I rewrite"
+    run.log_episodes(0, "eval", [episode])
+    body = dom(chromium, write_report(run.path), tmp_path)
+    assert "the <del>red </del>boat sank</div>" in body
+    assert "the boat sank<ins> twice</ins></div>" in body
+    assert "I rewrite" in body
 
 
 @pytest.mark.browser
