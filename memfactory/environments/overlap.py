@@ -1,0 +1,45 @@
+"""Train and test must not share tasks: the check."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+from memfactory.episode import Task
+from memfactory.errors import DataError
+
+_MOST_SHOWN = 5
+
+
+def check_disjoint(train: Iterable[Task], test: Iterable[Task]) -> None:
+    """Check that no test task is also a training task: same id, or same questions about the same document.
+
+    How the document is cut into pieces and its white space do not matter.
+
+    Raises:
+        DataError: some are; up to 5 are named.
+    """
+    ids: set[str] = set()
+    contents: dict[str, str] = {}
+    for task in train:
+        ids.add(task.id)
+        contents.setdefault(_content(task), task.id)
+    shared = []
+    for task in test:
+        twin = task.id if task.id in ids else contents.get(_content(task))
+        if twin is not None:
+            what = "the same id" if twin == task.id else f"the content of train task {twin}"
+            source = task.metadata.get("source")
+            shared.append(f"{task.id}{f' ({source})' if source else ''} has {what}")
+    if shared:
+        more = f"\n  - and {len(shared) - _MOST_SHOWN} more" if len(shared) > _MOST_SHOWN else ""
+        raise DataError(
+            f"train and test share {len(shared)} of the test tasks",
+            "".join(f"\n  - {line}" for line in shared[:_MOST_SHOWN]) + more,
+            "remove them from one of the two splits",
+        )
+
+
+def _content(task: Task) -> str:
+    questions = "\n".join(probe.question for probe in task.probes)
+    return hashlib.sha256(f"{questions}\0{' '.join(' '.join(task.stream).split())}".encode()).hexdigest()
