@@ -40,7 +40,8 @@ def load_file(path: Path) -> ModuleType:
         raise RecipeError(f"{path}: no such file")
     name = f"memfactory_user_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:

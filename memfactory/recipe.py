@@ -102,7 +102,8 @@ class RewardSection(_Section):
     """One reward dimension and its weight in the sum."""
 
     name: str
-    """`file.function` in `rewards/` (yours first, then the shipped ones), `pkg.module:function` or `path/file.py:function`."""
+    """`file.function` in `rewards/` (yours first, then the shipped ones), `pkg.module:function` or
+    `path/file.py:function`."""
     weight: float = 1.0
     """Share in the weighted sum. 0 measures and logs without rewarding."""
 
@@ -225,7 +226,9 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any
     for override in overrides:
         key, separator, raw = override.partition("=")
         if not separator or not key:
-            errors.append(RecipeError(f"override '{override}'", "not of the form key=value", "e.g. train.max_steps=10"))
+            errors.append(
+                RecipeError(f"override '{override}'", "not of the form key=value", "e.g. train.max_steps=10")
+            )
             continue
         *sections, last = key.split(".")
         target = data

@@ -1,5 +1,7 @@
 """Rewards on the final answer: exact match, containment, token F1."""
 
+import re
+
 from memfactory import Episode, reward
 from memfactory.reward import matching
 
@@ -26,3 +28,9 @@ def _mean(episode, score):
     """Mean of `score` over the questions; an answer that could not be extracted scores 0."""
     values = [0.0 if a.text is None else score(a.text, a.probe.answers) for a in episode.answers]
     return sum(values) / len(values)
+
+
+@reward
+def number_match(episode: Episode) -> float:
+    """Share of questions whose answer names the gold number and no other number."""
+    return _mean(episode, lambda text, gold: float(set(re.findall(r"\d+", text)) == {gold[0]}))

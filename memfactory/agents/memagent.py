@@ -111,9 +111,10 @@ class MemAgent:
         if self.wipe_memory:
             memory.write("", turn=len(episode.turns) - 1)
         for number, probe in enumerate(task.probes):
-            state = AnswerState(probe.question, memory.text)
             turn = await policy.generate(
-                self.answerer.render(state), module=self.answerer.name, max_tokens=self.max_answer_tokens
+                self.answerer.render(AnswerState(probe.question, memory.text)),
+                module=self.answerer.name,
+                max_tokens=self.max_answer_tokens,
             )
             turn.prefix_key = f"{task.id}/answer/{number}"
             turn.memory_before = turn.memory_after = memory.text

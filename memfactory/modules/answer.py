@@ -37,9 +37,7 @@ class FinalAnswer:
     name: str = "answer"
 
     def render(self, state: AnswerState) -> list[Message]:
-        return [
-            {"role": "user", "content": self.prompts.render_answer(question=state.question, memory=state.memory)}
-        ]
+        return [{"role": "user", "content": self.prompts.render_answer(question=state.question, memory=state.memory)}]
 
     def parse(self, text: str) -> str:
         """The answer as written.

@@ -61,6 +61,9 @@ _DOCUMENT_ANSWER = (
     "<question>{{ question }}</question>\n<notes>\n{{ memory }}\n</notes>\nAnswer:"
 )
 
+_SENTENCE_WRITE = "Copy the one sentence from the notes or the text that answers the question."
+_SENTENCE_ANSWER = "Answer with one short sentence."
+
 PROMPT_SETS: dict[str, dict[PromptOrder, PromptSet]] = {
     # For instruction-tuned models; the answer is boxed, as MemAgent's verifier expects.
     "document": {
@@ -77,6 +80,19 @@ PROMPT_SETS: dict[str, dict[PromptOrder, PromptSet]] = {
             + "<notes>\n{{ memory }}\n</notes>\nNew notes:",
             answer=_DOCUMENT_ANSWER,
             empty_memory="(nothing yet)",
+        ),
+    },
+    # For small instruction-tuned models: few words, one sentence of notes, a short plain answer.
+    "sentence": {
+        PromptOrder.PAPER: PromptSet(
+            write="Question: {{ question }}\nNotes: {{ memory }}\nText: {{ chunk }}\n" + _SENTENCE_WRITE,
+            answer="Notes: {{ memory }}\nQuestion: {{ question }}\n" + _SENTENCE_ANSWER,
+            empty_memory="nothing",
+        ),
+        PromptOrder.SHARED: PromptSet(
+            write="Question: {{ question }}\nText: {{ chunk }}\nNotes: {{ memory }}\n" + _SENTENCE_WRITE,
+            answer="Notes: {{ memory }}\nQuestion: {{ question }}\n" + _SENTENCE_ANSWER,
+            empty_memory="nothing",
         ),
     },
     # For the word-level quickstart model.

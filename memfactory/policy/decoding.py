@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -55,9 +56,7 @@ class Sampler:
             if sampling.min_p > 0:
                 self.filters.append(MinPLogitsWarper(sampling.min_p))
         self.penalty = (
-            RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)
-            if sampling.repetition_penalty != 1
-            else None
+            RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty) if sampling.repetition_penalty != 1 else None
         )
 
     def draw(self, logits: Tensor, context_ids: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -72,13 +71,13 @@ class Sampler:
         log_probs = (logits / temperature if temperature > 0 else logits).log_softmax(-1)  # (B, V)
         scores = log_probs
         if self.penalty is not None:
-            penalised = self.penalty(context_ids, logits)
+            penalised = self.penalty(cast(Any, context_ids), cast(Any, logits))
             scores = penalised / temperature if temperature > 0 else penalised
         if temperature == 0:
             ids = scores.argmax(-1)
         else:
             if self.filters:
-                scores = self.filters(context_ids, scores)
+                scores = self.filters(cast(Any, context_ids), cast(Any, scores))
             ids = torch.multinomial(scores.softmax(-1), 1, generator=self.generator).squeeze(1)
         return ids, log_probs.gather(1, ids[:, None]).squeeze(1)
 
@@ -104,8 +103,7 @@ def decode(
     ids, mask = ids.to(device), mask.to(device)  # (B, P)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, P)
     context = ids if sampler.penalty is not None else None
-    is_eos = torch.zeros(int(model.get_input_embeddings().weight.shape[0]) + 1, dtype=torch.bool)
-    is_eos[torch.tensor(list(eos_ids))] = True
+    ends = frozenset(eos_ids)
     cache = DynamicCache(config=model.config)
 
     done: list[bool] = [False] * len(live)
@@ -127,7 +125,7 @@ def decode(
             sequence = live[row]
             sequence.completion_ids.append(token)
             sequence.logprobs.append(logprob)
-            if is_eos[token]:
+            if token in ends:
                 sequence.stop = StopReason.STOP
             elif len(sequence.completion_ids) >= sequence.max_tokens:
                 sequence.stop = StopReason.LENGTH

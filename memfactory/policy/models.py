@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
@@ -111,10 +112,9 @@ def load_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase, seed: 
         )
     if gguf:
         # Dequantized on loading: from here on these are ordinary weights, saved and trained as such.
-        model.config.quantization_config = None
-        if hasattr(model, "hf_quantizer"):
-            model.hf_quantizer = None
-        del model.config.quantization_config
+        for name in ("quantization_config", "_pre_quantization_dtype"):
+            if hasattr(model.config, name):
+                delattr(model.config, name)
     return model
 
 
@@ -129,7 +129,7 @@ def lora_config(lora: Lora) -> LoraConfig:
     )
 
 
-def load_checkpoint(path: Path, section: ModelSection, base: PreTrainedModel | None = None) -> PreTrainedModel:
+def load_checkpoint(path: Path, section: ModelSection, base: PreTrainedModel | None = None) -> Any:
     """The model saved at `path`: full weights, or an adapter put on the base model.
 
     Args:

@@ -10,12 +10,18 @@ from collections.abc import Sequence
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from memfactory.recipe import TinyModel
 
 _PAD, _UNKNOWN, _END, _USER, _ASSISTANT = "<pad>", "<unk>", "<end>", "<user>", "<assistant>"
-_CHAT_TEMPLATE = (
+CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{{ '<' + message['role'] + '> ' + message['content'] + ' <end> ' }}"
     "{%- endfor -%}"
@@ -36,7 +42,7 @@ def tiny_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
         additional_special_tokens=[_USER, _ASSISTANT],
         clean_up_tokenization_spaces=False,
     )
-    tokenizer.chat_template = _CHAT_TEMPLATE
+    tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from memfactory.episode import Message, StopReason, Turn
 from memfactory.errors import EngineError, boundary
 from memfactory.policy.base import Sampling
-from memfactory.policy.decoding import Sampler, Decoding, decode
+from memfactory.policy.decoding import Decoding, Sampler, decode
 
 
 @dataclass(slots=True)
@@ -46,7 +47,7 @@ class TransformersPolicy:
         seed: int = 0,
         version: int = 0,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
-        template_options: dict[str, object] | None = None,
+        template_options: dict[str, Any] | None = None,
     ) -> None:
         """
         Args:
@@ -78,8 +79,11 @@ class TransformersPolicy:
     async def generate(self, messages: list[Message], *, module: str, max_tokens: int) -> Turn:
         """See :meth:`memfactory.policy.base.Policy.generate`."""
         with boundary(EngineError, f"the chat template cannot render the prompt of module '{module}'"):
-            prompt_ids = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=False, **self.template_options
+            prompt_ids = cast(
+                list[int],
+                self.tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, return_dict=False, **self.template_options
+                ),
             )
         limit = getattr(self.model.config, "max_position_embeddings", None)
         if limit is not None and len(prompt_ids) + max_tokens > limit:
@@ -102,7 +106,7 @@ class TransformersPolicy:
             prompt_ids=prompt_ids,
             completion_ids=ids,
             logprobs=sequence.logprobs,
-            text=self.tokenizer.decode(ids, skip_special_tokens=True),
+            text=cast(str, self.tokenizer.decode(ids, skip_special_tokens=True)),
             stop=StopReason(sequence.stop),
             messages=messages,
             policy_version=self.version,

@@ -80,7 +80,9 @@ def group_advantages(rewards: Sequence[float | None], groups: Sequence[str], sca
             states[group] = (
                 GroupState.TIED
                 if not (own[0] == best or own[0] == worst)
-                else GroupState.SOLVED if own[0] == best and own[0] > 0 else GroupState.FAILED
+                else GroupState.SOLVED
+                if own[0] == best and own[0] > 0
+                else GroupState.FAILED
             )
             continue
         states[group] = GroupState.SIGNAL

@@ -82,7 +82,9 @@ class RunLog(TrainerCallback):
         numbers = {k: _number(v) for k, v in logs.items() if k not in ("epoch", "num_tokens", "step_time")}
         if self.run is not None:
             self.run.log_metrics(state.global_step, numbers, phase="train")
-        seconds = sum(logs.get(f"time/{part}") or 0.0 for part in ("generate", "reward", "train", "optimizer", "other"))
+        seconds = sum(
+            logs.get(f"time/{part}") or 0.0 for part in ("generate", "reward", "train", "optimizer", "other")
+        )
         self.progress.console.print(
             f"step {state.global_step:>4}/{state.max_steps}  reward {logs.get('reward') or math.nan:.3f} "
             f"± {logs.get('reward_std') or 0.0:.2f}  {verdict(logs)}  {seconds:.1f} s",

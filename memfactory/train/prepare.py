@@ -12,7 +12,7 @@ from memfactory.environments import build_environment
 from memfactory.environments.base import Environment, Split
 from memfactory.environments.overlap import check_disjoint
 from memfactory.episode import Task
-from memfactory.errors import DataError, MemFactoryError, RecipeError, RecipeErrors
+from memfactory.errors import DataError, RecipeError, RecipeErrors
 from memfactory.evaluate.run import EvalOptions
 from memfactory.policy.base import Policy
 from memfactory.recipe import Recipe, apply_overrides, read_yaml, schema_errors
@@ -104,7 +104,8 @@ def prepare(path: Path, overrides: Sequence[str] = (), *, load_tasks: bool = Tru
         attempt(lambda: load_dimension(recipe.eval.metric))
     if errors:
         raise RecipeErrors(str(path), errors)
-    assert agent is not None and environment is not None
+    assert agent is not None
+    assert environment is not None
 
     train_tasks: Sequence[Task] = []
     eval_tasks: Sequence[Task] = []

@@ -91,7 +91,9 @@ def _mark_shared_prefixes(rows: Sequence[Row]) -> None:
             row.shared_prefix = shared
 
 
-def loss_weights(rows: Sequence[Row], tokens_per_episode: Sequence[int], loss_type: str, max_length: int) -> list[float]:
+def loss_weights(
+    rows: Sequence[Row], tokens_per_episode: Sequence[int], loss_type: str, max_length: int
+) -> list[float]:
     """Weight of each row's trained tokens under TRL's ``dapo`` reduction, so that `loss_type`'s own
     normalisation results, whatever the rows and micro-batches.
 

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -109,8 +109,9 @@ def train(prepared: Prepared, *, resume: bool = False, console: Console | None =
     summary: dict[str, Any] = _facts(prepared, trainer)
     summary["before"] = run.read_summary().get("before") if checkpoint is not None else None
     if summary["before"] is None:
-        summary["before"] = _evaluate(prepared, trainer, run, console)
-        console.print(f"before: {describe(summary['before'])}")
+        before = _evaluate(prepared, trainer, run, console)
+        summary["before"] = before
+        console.print(f"before: {describe(before)}")
         run.write_summary(summary | {"stopped": "unfinished"})
 
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
@@ -152,10 +153,10 @@ def _initial_model(
     if resumed and initial.is_dir():
         return load_checkpoint(initial, recipe.model)
     model = load_model(recipe.model, tokenizer, recipe.seed)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device: Any = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if recipe.warmup is not None:
         if device is not None:
-            model.to(device)
+            cast(torch.nn.Module, model).to(device)
         with progress_bar(console) as progress:
             bar = progress.add_task("warm up", total=recipe.warmup.steps)
 
@@ -237,14 +238,15 @@ def load_policy(prepared: Prepared, checkpoint: Path | None) -> TransformersPoli
     """
     recipe = prepared.recipe
     tokenizer = load_tokenizer(recipe.model, prepared.vocabulary)
+    model: Any
     if checkpoint is None:
         model = load_model(recipe.model, tokenizer, recipe.seed)
     elif (checkpoint / "adapter_config.json").is_file():
         model = load_checkpoint(checkpoint, recipe.model, load_model(recipe.model, tokenizer, recipe.seed))
     else:
         model = load_checkpoint(checkpoint, recipe.model)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model.to(device).eval()
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    model.to(device or torch.device("cpu")).eval()
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     return TransformersPolicy(
         model, tokenizer, eos_ids=eos_ids(base, tokenizer), token_budget=recipe.rollout.generate_token_budget

@@ -29,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -79,7 +79,7 @@ class Parts:
     """Where episodes are logged; None logs none."""
 
 
-def _never_called(completions: list[Any], **columns: Any) -> list[float]:
+def _never_called(completions: list[Any], **columns: Any) -> list[float | None]:
     """TRL refuses to start without a reward function; rewards here come from `Parts.dimensions`."""
     raise EngineError(
         "TRL's own reward path was reached",
@@ -102,6 +102,12 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         RecipeError: an option is not supported with episodes (see `train.config`).
     """
 
+    # TRL annotates these with types that hold at other times of their life, or not at all
+    args: Any
+    model: Any
+    ref_model: Any
+    processing_class: Any
+
     def __init__(self, parts: Parts, model: Any, args: GRPOConfig, **kwargs: Any) -> None:
         self.parts = parts
         # The trainer sees only which task an episode works on; agents read the task itself.
@@ -117,11 +123,13 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         self.policy = TransformersPolicy(
             plain,
             self.processing_class,
-            sampling=Sampling(args.temperature, args.top_p, args.top_k or 0, args.min_p or 0.0, args.repetition_penalty),
+            sampling=Sampling(
+                args.temperature, args.top_p, args.top_k or 0, args.min_p or 0.0, args.repetition_penalty
+            ),
             eos_ids=eos_ids(base, self.processing_class),
             token_budget=parts.rollout.generate_token_budget,
             autocast=self.accelerator.autocast,
-            template_options=self.chat_template_kwargs,
+            template_options=cast(dict[str, Any], args.chat_template_kwargs or {}),
         )
         self._buffer: list[list[MicroBatch]] = []
         """Micro-batches of each training step of the current generation batch."""
@@ -298,7 +306,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         # Groups without spread have advantage 0 and so no gradient: they count in every mean and cost no pass.
         rows = [row for row in all_rows if any(row.advantages)]
         weights = dict(
-            zip(map(id, rows), loss_weights(rows, tokens, self.loss_type, self.max_completion_length), strict=True)
+            zip(map(id, rows), loss_weights(rows, tokens, self.loss_type, self.args.max_completion_length), strict=True)
         )
         total = float(self._reduce_sum(sum(tokens)))
 

@@ -42,7 +42,9 @@ class _TeacherPolicy:
 
     async def generate(self, messages: list[Message], *, module: str, max_tokens: int) -> Turn:
         text = next(self.script)
-        prompt_ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        prompt_ids = cast(
+            list[int], self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        )
         ids = [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
         return Turn(module, prompt_ids, ids, [0.0] * len(ids), text, StopReason.STOP, messages)
 
@@ -99,10 +101,9 @@ def warm_up(
             "remove the section warmup:, or use environment.name: fact_words",
         )
     size = section.batch_rows
-    rows = teacher_rows(
-        agent, cast(TeachingEnvironment, environment), tasks, tokenizer, section.steps * size, seed
-    )
-    matrices, others = [], []
+    rows = teacher_rows(agent, cast(TeachingEnvironment, environment), tasks, tokenizer, section.steps * size, seed)
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inner = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
         (matrices if inner else others).append(parameter)

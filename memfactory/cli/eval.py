@@ -1,0 +1,46 @@
+"""``memfactory eval RECIPE --checkpoint PATH``: measure a checkpoint with the agent of its recipe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from memfactory.cli.recipes import find_recipe
+
+
+def evaluate(
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or a name such as memagent/quickstart.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value ...]", help="Entries to change, e.g. eval.samples=4.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option("--checkpoint", help="A run's model/ or checkpoints/checkpoint-N; absent: the untrained model."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", help="Also write the numbers to this JSON file.")] = None,
+) -> None:
+    """Evaluate on the recipe's held-out tasks, sampled and greedy, with the same agent as in training."""
+    from memfactory.evaluate.run import evaluate_agent
+    from memfactory.train.callbacks import progress_bar
+    from memfactory.train.prepare import check_documents, prepare
+    from memfactory.train.run import load_policy
+
+    console = Console()
+    prepared = prepare(find_recipe(recipe), overrides or [])
+    policy = load_policy(prepared, checkpoint)
+    check_documents(prepared.agent, prepared.eval_tasks, policy)
+    with progress_bar(console) as progress:
+        result = evaluate_agent(prepared.agent, prepared.eval_tasks, policy, prepared.eval_options, progress)
+    table = Table("measure", "value", title=f"{prepared.recipe.name}: {checkpoint or 'untrained model'}")
+    for name, value in result.metrics.items():
+        table.add_row(name, f"{value:.4g}")
+    console.print(table)
+    if output is not None:
+        record = {"recipe": prepared.recipe.name, "checkpoint": str(checkpoint) if checkpoint else None}
+        output.write_text(json.dumps(record | {"metrics": result.metrics}, indent=2) + "\n", encoding="utf-8")
+        console.print(f"written: {output}")

@@ -1,0 +1,46 @@
+"""``memfactory train RECIPE [key=value ...]``: run a recipe, or check it with ``--dry-run``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from memfactory.cli.recipes import find_recipe
+from memfactory.errors import DataError
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or a name such as memagent/quickstart.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value ...]", help="Entries to change, e.g. train.max_steps=10.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run folder.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check everything and run one step on a tiny stand-in model; trains nothing."),
+    ] = False,
+) -> None:
+    """Train an agent: warm-up if the recipe has one, evaluation, GRPO, evaluation, report."""
+    # heavy imports wait until a command that needs them is run
+    from memfactory.train.prepare import prepare
+
+    console = Console()
+    path = find_recipe(recipe)
+    if dry_run:
+        from memfactory.train.dry_run import dry_run as try_out
+
+        problem: DataError | None = None
+        try:
+            prepared = prepare(path, overrides or [])
+        except DataError as error:
+            problem = error
+            prepared = prepare(path, overrides or [], load_tasks=False)
+        try_out(prepared, console, problem)
+        return
+    from memfactory.train.run import train as run
+
+    summary = run(prepare(path, overrides or []), resume=resume, console=console)
+    if summary["stopped"] == "interrupted":
+        raise typer.Exit(130)
