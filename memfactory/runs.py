@@ -118,7 +118,7 @@ class RunFolder:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Replace ``summary.json`` in one go: a reader finds the old or the new one, never a part."""
-        data = {**summary, "schema": SCHEMA_VERSION}
+        data = _plain({**summary, "schema": SCHEMA_VERSION})
         _write_atomically(self.summary_file, json.dumps(data, indent=2, default=str) + "\n")
 
     def read_recipe(self) -> Record:
@@ -293,6 +293,15 @@ def _finite(value: float | None, digits: int | None = None) -> float | None:
     if not math.isfinite(number):
         return None
     return number if digits is None else round(number, digits)
+
+
+def _plain(data: Any) -> Any:
+    """`data` with every number in it that is not finite replaced by None."""
+    if isinstance(data, Mapping):
+        return {str(key): _plain(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_plain(value) for value in data]
+    return _finite(data) if isinstance(data, float) else data
 
 
 def _or_nan(value: float | None) -> float:

@@ -224,6 +224,8 @@ def test_the_summary_is_replaced_as_a_whole(run: RunFolder) -> None:
     run.write_summary({"name": "quick", "stopped": "interrupted"})
     run.write_summary({"name": "quick", "before": {"sampled_em": 0.5}})
     assert run.read_summary() == {"schema": SCHEMA_VERSION, "name": "quick", "before": {"sampled_em": 0.5}}
+    run.write_summary({"before": {"sampled_em": math.nan}, "seconds": [1.0, math.inf]})
+    assert run.read_summary() == {"schema": SCHEMA_VERSION, "before": {"sampled_em": None}, "seconds": [1.0, None]}
     assert not list(run.path.glob("*.tmp"))
 
 

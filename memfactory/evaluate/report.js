@@ -52,16 +52,18 @@ const dimensions = [...new Set(data.metrics.train.flatMap(([, values]) => Object
   .map((key) => /^rewards\/(.+)\/mean$/.exec(key)?.[1])
   .filter((name) => name !== undefined);
 
-// A series is [metric name, label]; `share` fixes the axis to 0..100 %, `zero` starts it at 0.
+// A series is [metric name, label]; `share` fixes the axis to 0..100 %, `zero` starts it at 0, and
+// `parts` says that the later series make up the first, so those that are always 0 are left out.
 const CHARTS = [
   { title: "Accuracy", note: "Held-out tasks.", phase: "eval", share: true,
     series: [["sampled_em", "sampled"], ["greedy_em", "greedy"]] },
   { title: "Reward", note: "Mean over the step's episodes; the band is one standard deviation.", phase: "train",
     series: [["reward", "reward"]], band: "reward_std" },
-  { title: "Evidence in memory", note: "Captured when its chunk was read; retained until the answer. Sampled.", phase: "eval", share: true,
+  { title: "Evidence in memory", note: "Captured: noted when its chunk was read. Retained: kept from one chunk to the next.", phase: "eval", share: true,
     series: [["sampled_capture", "captured"], ["sampled_retain", "retained"]] },
   { title: "Dead groups", note: "Groups whose episodes all got the same reward: they teach nothing.", phase: "train", share: true,
-    series: [["groups/dead_share", "share of groups"]] },
+    series: [["groups/dead_share", "dead"], ["groups/solved_share", "all right"], ["groups/failed_share", "all wrong"],
+             ["groups/tied_share", "all equal"], ["groups/unmeasured_share", "not measured"]], parts: true },
   { title: "Reward dimensions", note: "Mean of each, before weighting.", phase: "train",
     series: dimensions.map((name) => [`rewards/${name}/mean`, name]) },
   { title: "Entropy", note: "Of the policy, in nats per token.", phase: "train", zero: true, series: [["entropy", "entropy"]] },
@@ -75,7 +77,8 @@ const CHARTS = [
   { title: "Loss", phase: "train", more: true, series: [["loss", "loss"]] },
   { title: "Gradient norm", phase: "train", more: true, zero: true, series: [["grad_norm", "norm"]] },
   { title: "Learning rate", phase: "train", more: true, zero: true, series: [["learning_rate", "rate"]] },
-  { title: "Turns cut by the token limit", phase: "train", more: true, share: true, series: [["stop/length_share", "share of turns"]] },
+  { title: "Turns gone wrong", note: "Cut by the token limit, or written so that the module could not use it.", phase: "train", more: true, share: true,
+    series: [["stop/length_share", "cut"], ["turns/unusable_share", "unusable"]] },
   { title: "Clipped tokens", phase: "train", more: true, zero: true, format: show.percent, series: [["clip_ratio/region_mean", "share of tokens"]] },
   { title: "Episodes", note: "Failed ones could not be measured and are in no baseline.", phase: "train", more: true, zero: true,
     series: [["episodes/count", "all"], ["episodes/failed", "failed"]] },
@@ -106,7 +109,7 @@ function addChart(spec) {
   const all = data.metrics[spec.phase];
   // [metric name, label, colour]: a series keeps its colour when another one is missing
   const series = spec.series.map(([key, label], index) => [key, label, `s${index}`])
-    .filter(([key]) => all.some(([, values]) => Number.isFinite(values[key])));
+    .filter(([key], index) => all.some(([, values]) => (spec.parts && index ? values[key] > 0 : Number.isFinite(values[key]))));
   if (!series.length) return;
   const keys = [...series.map(([key]) => key), ...(spec.band ? [spec.band] : [])];
   const known = all.filter(([, values]) => series.some(([key]) => Number.isFinite(values[key])));

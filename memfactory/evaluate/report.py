@@ -106,6 +106,8 @@ def results(summary: Record, evals: list[tuple[int, dict[str, float | None]]]) -
             {"name": name, "before": before.get(f"{mode}_{name}"), "after": after.get(f"{mode}_{name}")}
             for name in names
             if f"{mode}_{name}" in before or f"{mode}_{name}" in after
+            # a count of failures is worth a look only where there are some
+            if name != "failed" or before.get(f"{mode}_failed") or after.get(f"{mode}_failed")
         ]
         if rows:
             modes.append({"mode": mode, "rows": rows})
@@ -132,14 +134,15 @@ def sample_episodes(folder: RunFolder) -> tuple[list[Record], int]:
     The first ones of every (step, split), so that whole groups stay together, and of evenly spaced
     steps where there are too many.
     """
-    counts: Counter[tuple[int, str]] = Counter()
+    newest: dict[Any, int] = {}  # an evaluation that was done twice at one step counts once
     size = 0
-    for record in folder.read_episodes():
-        counts[record["step"], record["split"]] += 1
+    for number, record in enumerate(folder.read_episodes()):
+        newest[record["step"], record["split"], record["id"] or number] = number
         size += sum(len(turn["text"]) + len(str(turn["messages"])) * 2 for turn in record["turns"])
-    logged = counts.total()
+    logged = len(newest)
     if not logged:
         return [], 0
+    counts = Counter((step, split) for step, split, _ in newest)
     limit = max(1, min(MAX_EPISODES, int(MAX_BYTES * logged / max(1, size))))
     places = sorted(counts)
     if len(places) > limit:
@@ -148,9 +151,9 @@ def sample_episodes(folder: RunFolder) -> tuple[list[Record], int]:
     quota = _quota(counts, places, limit)
     taken: Counter[tuple[int, str]] = Counter()
     episodes = []
-    for record in folder.read_episodes():
+    for number, record in enumerate(folder.read_episodes()):
         place = record["step"], record["split"]
-        if taken[place] < quota[place]:
+        if taken[place] < quota[place] and newest[*place, record["id"] or number] == number:
             taken[place] += 1
             episodes.append(_shown(record))
     return episodes, logged

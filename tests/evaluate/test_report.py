@@ -123,6 +123,8 @@ def log_training(run: RunFolder, steps: int = 60, per_step: int = 8, attack: str
             evaluation: dict[str, float | None] = {"n": 256}
             for mode, plus in (("sampled", 0.0), ("greedy", 0.02)):
                 evaluation[f"{mode}_em"] = min(1, max(0, skill + plus + rng.gauss(0, 0.01)))
+                evaluation[f"{mode}_failed"] = 0.0
+                evaluation[f"{mode}_memory.brevity"] = 0.5
                 evaluation[f"{mode}_capture"] = min(1, skill + 0.04 + plus)
                 evaluation[f"{mode}_retain"] = min(1, skill + plus)
             run.log_metrics(step, evaluation, phase="eval")
@@ -141,6 +143,8 @@ def log_training(run: RunFolder, steps: int = 60, per_step: int = 8, attack: str
             "rewards/answer.exact_match/std": 0.4,
             f"rewards/memory.brevity{attack}/mean": 0.5 + 0.1 * math.sin(step / 9) + rng.gauss(0, 0.01),
             "groups/dead_share": min(1, max(0, (2 * reward - 1) ** 4 + rng.gauss(0, 0.03))),
+            "groups/solved_share": min(1, max(0, (2 * reward - 1) ** 4)) if reward > 0.5 else 0.0,
+            "groups/tied_share": 0.0,
             "groups/count": 16,
             "episodes/count": 128,
             "episodes/failed": rng.choice([0, 0, 0, 1]),
@@ -218,6 +222,9 @@ def test_results_come_from_the_newest_evaluation_while_there_is_no_summary() -> 
     assert found["when"] == "at step 20, so far"
     assert results({}, evals[:1])["modes"][0]["rows"] == [{"name": "em", "before": 0.1, "after": None}]
     assert results({}, [])["modes"] == []
+    failures = results({"before": {"sampled_em": 0.1, "sampled_failed": 0.0}, "after": {"sampled_failed": 2.0}}, [])
+    assert [row["name"] for row in failures["modes"][0]["rows"]] == ["em", "failed"]
+    assert len(results({"before": {"sampled_em": 0.1, "sampled_failed": 0.0}}, [])["modes"][0]["rows"]) == 1
 
 
 def test_a_sample_is_bounded_and_keeps_both_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,6 +240,18 @@ def test_a_sample_is_bounded_and_keeps_both_ends(tmp_path: Path, monkeypatch: py
         assert {0, 12} <= {episode["step"] for episode in shown}
     monkeypatch.setattr(report, "MAX_BYTES", 1)
     assert len(sample_episodes(run)[0]) == 1
+
+
+def test_an_evaluation_done_twice_is_shown_once_the_newer_one(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    rng = random.Random(0)
+    for reward in (0.25, 0.75):
+        episodes = [make_episode(rng, 0.5, f"eval/{i}") for i in range(3)]
+        for episode in episodes:
+            episode.reward = reward
+        run.log_episodes(60, "eval", episodes)
+    shown, logged = sample_episodes(run)
+    assert ([episode["reward"] for episode in shown], logged) == ([0.75] * 3, 3)
 
 
 def test_a_chunk_that_the_turn_did_not_read_is_not_shown(tmp_path: Path) -> None:
@@ -309,6 +328,8 @@ def test_a_finished_run(chromium: str, tmp_path: Path) -> None:
     assert "<ins>" in body
     assert '<mark title="evidence">' in body
     assert "answer.exact_match" in text
+    assert "all right" in text
+    assert "all equal" not in text
     assert "All 76 logged episodes." in text
 
 
