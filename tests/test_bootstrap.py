@@ -100,6 +100,13 @@ def test_command_runs_inside_with_quiet_openmp_unless_told_otherwise(tmp_path: P
     assert (environ["OMP_WAIT_POLICY"], environ["GOMP_SPINCOUNT"]) == ("ACTIVE", "0")
 
 
+def test_compiled_modules_are_kept_without_touching_the_checkout(tmp_path: Path) -> None:
+    environ = local.command_environment({"PYTHONDONTWRITEBYTECODE": "1"}, tmp_path)
+    assert "PYTHONDONTWRITEBYTECODE" not in environ
+    assert environ["PYTHONPYCACHEPREFIX"].startswith(str(tmp_path))
+    assert "PYTHONPYCACHEPREFIX" not in local.command_environment({}, tmp_path)
+
+
 def test_layout_of_windows(tmp_path: Path) -> None:
     assert local.venv_python(tmp_path, "nt") == tmp_path / "Scripts" / "python.exe"
     assert local.venv_python(tmp_path, "posix") == tmp_path / "bin" / "python"
