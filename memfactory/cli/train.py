@@ -16,7 +16,9 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[key=value ...]", help="Entries to change, e.g. train.max_steps=10.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run folder.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run folder.")
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Check everything and run one step on a tiny stand-in model; trains nothing."),

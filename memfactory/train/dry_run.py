@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 import yaml
 from rich.console import Console
 from rich.table import Table
@@ -49,6 +50,8 @@ def dry_run(prepared: Prepared, console: Console, data_problem: DataError | None
         MemFactoryError: whatever a real run would have met later.
     """
     recipe = prepared.recipe
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     console.rule("resolved recipe")
     console.print(yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True), highlight=False, markup=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -80,10 +83,15 @@ def _arithmetic(prepared: Prepared, config: Any) -> Table:
         tasks = prepared.train_tasks[:256]
         rows = sum(len(task.stream) + len(task.probes) for task in tasks) / len(tasks)
         table.add_row("rows per episode", f"{rows:.1f}")
-        table.add_row("", f"[bold]{episodes // group} tasks x {group} episodes x {rows:.1f} rows = {episodes * rows:.0f} rows")
+        table.add_row(
+            "", f"[bold]{episodes // group} tasks x {group} episodes x {rows:.1f} rows = {episodes * rows:.0f} rows"
+        )
     elif (limit := getattr(prepared.agent, "max_chunks", None)) is not None:
         table.add_row("rows per episode", f"at most {limit + 1}")
-        table.add_row("", f"[bold]{episodes // group} tasks x {group} episodes x {limit + 1} rows = at most {episodes * (limit + 1)} rows")
+        table.add_row(
+            "",
+            f"[bold]{episodes // group} tasks x {group} episodes x {limit + 1} rows = at most {episodes * (limit + 1)} rows",
+        )
     updates = config.steps_per_generation / config.gradient_accumulation_steps * config.num_iterations
     table.add_row("optimizer steps per generation batch", f"{updates:g}")
     table.add_row("optimizer steps in all", f"{config.max_steps if config.max_steps > 0 else 'by epochs'}")
@@ -124,7 +132,9 @@ def _trial(prepared: Prepared, folder: Path, console: Console) -> None:
         trainer.remove_callback(noisy)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train()
-    moved = sum(not torch.equal(p.detach(), before[name]) for name, p in trainer.model.named_parameters() if name in before)
+    moved = sum(
+        not torch.equal(p.detach(), before[name]) for name, p in trainer.model.named_parameters() if name in before
+    )
 
     episode = seen[0]
     console.print(
@@ -195,6 +205,3 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
-
-
-

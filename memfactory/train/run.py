@@ -66,6 +66,7 @@ def train(prepared: Prepared, *, resume: bool = False, console: Console | None =
     console = console or Console()
     recipe = prepared.recipe
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     run = RunFolder.open(recipe.run_dir, recipe, resume=resume)
     checkpoint = run.latest_checkpoint() if resume else None
     if checkpoint is not None:
@@ -122,7 +123,10 @@ def train(prepared: Prepared, *, resume: bool = False, console: Console | None =
         summary["after"] = None
         console.print(f"stopped at step {step}; go on with --resume")
     else:
-        summary["after"] = _evaluate(prepared, trainer, run, console)
+        # the last step may have ended with an evaluation of these very weights
+        newest = trainer.last_evaluation
+        fresh = newest is not None and newest[0] == step
+        summary["after"] = newest[1] if newest and fresh else _evaluate(prepared, trainer, run, console)
         trainer.save_model(str(run.path / "model"))
         tokenizer.save_pretrained(run.path / "model")
     summary |= clock.read() | {

@@ -138,6 +138,8 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         self._computed_tokens = [0, 0]  # real, computed
         self.totals = {"episodes": 0, "generated_tokens": 0, "trained_tokens": 0, "real": 0, "computed": 0}
         self.total_seconds = dict.fromkeys((*self._seconds, "other"), 0.0)
+        self.last_evaluation: tuple[int, dict[str, float]] | None = None
+        """Step and metrics of the newest evaluation."""
         self.add_callback(_StepClock(self))
 
     # ---- one training step -------------------------------------------------------------------
@@ -306,7 +308,9 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         # Groups without spread have advantage 0 and so no gradient: they count in every mean and cost no pass.
         rows = [row for row in all_rows if any(row.advantages)]
         weights = dict(
-            zip(map(id, rows), loss_weights(rows, tokens, self.loss_type, self.args.max_completion_length), strict=True)
+            zip(
+                map(id, rows), loss_weights(rows, tokens, self.loss_type, self.args.max_completion_length), strict=True
+            )
         )
         total = float(self._reduce_sum(sum(tokens)))
 
@@ -392,7 +396,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         self.totals["episodes"] += len(episodes)
         self.totals["generated_tokens"] += generated
         run = self.parts.run
-        step = self.state.global_step
+        step = self.state.global_step + 1  # the update these episodes are for
         if run is not None and self.accelerator.is_main_process and step % max(int(self.args.logging_steps), 1) == 0:
             run.log_episodes(step, "train", episodes[: self.parts.rollout.log_episodes])
 
@@ -424,6 +428,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in result.metrics.items()}
         if self.parts.run is not None and self.accelerator.is_main_process:
             result.log(self.parts.run, self.state.global_step)
+        self.last_evaluation = (self.state.global_step, result.metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if self._window_start is not None:
             self._window_start += time.perf_counter() - began  # evaluation is no part of a training step
