@@ -74,8 +74,8 @@ class LongContextFiles:
                 f"environment.{split}: missing", f"no file for the {split} split", f"add `{split}: PATH`"
             )
         names = [paths] if isinstance(paths, str) else list(paths)
-        rows = chain.from_iterable(read_rows(name) for name in names)
-        return collect(islice(rows, count), self._task, ", ".join(names))
+        files = [read_rows(name) for name in names]  # all must exist, also those that `count` leaves unread
+        return collect(islice(chain.from_iterable(files), count), self._task, ", ".join(names))
 
     def _task(self, where: str, row: Row) -> Task:
         chat = "reward_model" in row

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from memfactory.environments import Split, check_disjoint
+from memfactory.environments import Split, check_disjoint, files
 from memfactory.environments.files import LongContextFiles
 from memfactory.environments.rows import Match
 from memfactory.errors import DataError, RecipeError
@@ -76,6 +76,7 @@ def test_memagent_parquet():
         [{"role": "user", "content": "Who sat?"}],
         [
             {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Hello."},
             {"role": "user", "content": "Who sat?"},
             {"role": "assistant", "content": "Hm."},
         ],
@@ -99,9 +100,12 @@ def test_several_files_in_their_order_and_count():
     assert load(paths, 100) == everything
 
 
-def test_rows_after_the_count_are_not_looked_at(tmp_path):
-    path = write(tmp_path / "rows.jsonl", json.dumps(GOOD) + "\nbroken\n")
+def test_rows_after_the_count_are_not_looked_at(tmp_path, monkeypatch):
+    path = write(tmp_path / "rows.jsonl", json.dumps(GOOD) + "\nbroken\n" * 3)
+    read = []
+    monkeypatch.setattr(files.json, "loads", lambda text: read.append(text) or json.JSONDecoder().decode(text))
     assert len(load(path, 1)) == 1
+    assert len(read) == 1
     with pytest.raises(DataError, match="line 2"):
         load(path, 2)
 
@@ -223,6 +227,8 @@ def test_byte_order_mark_is_accepted(tmp_path):
 def test_no_such_file_and_folder(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         load(str(tmp_path / "gone.json"))
+    with pytest.raises(DataError, match="no such file"):
+        load([str(SAMPLES / "memfactory.json"), str(tmp_path / "gone.json")], 1)
     with pytest.raises(DataError, match="it is a folder"):
         load(str(tmp_path))
 

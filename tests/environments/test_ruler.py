@@ -80,6 +80,12 @@ def test_needles_read_back(kind, options, split, needles):
     assert task.metadata["match"] == ("any" if len(required(task)) == 1 else "all")
 
 
+def test_many_keys_are_all_different():
+    task = one(RulerTask.NIAH_MULTIKEY, needles=900, length=9000)
+    codes = re.findall(r"The access code of the (\w+ \w+) is (\d{7})\.", task.stream[0])
+    assert len({key for key, _ in codes}) == len({value for _, value in codes}) == 900
+
+
 @quick
 @given(options, splits, st.integers(1, 8))
 def test_variables_by_running_the_program(options, split, needles):
