@@ -19,6 +19,8 @@ from memfactory import __version__
 from memfactory.errors import DataError, MemFactoryError, RecipeError
 
 COMMANDS = {
+    "train": ("memfactory.cli.train:train", "Train an agent with a recipe."),
+    "eval": ("memfactory.cli.eval:evaluate", "Measure a checkpoint with the agent of its recipe."),
     "recipes": ("memfactory.cli.recipes:app", "List, show and copy recipes."),
     "doctor": ("memfactory.cli.doctor:doctor", "Check packages and machine: found, supported, what to do."),
     "report": ("memfactory.cli.report:report", "Write the HTML report of a run."),
