@@ -68,7 +68,7 @@ def test_gpu_is_the_driver_or_an_answering_nvidia_smi(tmp_path: Path, monkeypatc
     monkeypatch.setenv("PATH", str(tool.parent))
     assert local.has_nvidia_gpu(driver)
     assert not local.has_nvidia_gpu(absent)
-    for body, found in [("echo 'GPU 0: H100'", True), ("echo failed; exit 9", False), ("exit 0", False)]:
+    for body, found in [("echo 'GPU 0: H100'", True), ("echo GPU is lost; exit 9", False), ("exit 0", False)]:
         tool.write_text(f"#!/bin/sh\n{body}\n")
         tool.chmod(0o755)
         assert local.has_nvidia_gpu(absent) is found, body
