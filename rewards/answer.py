@@ -24,6 +24,18 @@ def token_f1(episode: Episode) -> float:
     return _mean(episode, matching.token_f1)
 
 
+@reward
+def all_parts(episode: Episode) -> float:
+    """Share of the required parts that the answer holds, in any order (several needles, frequent words).
+
+    A task without `metadata["required"]` has one part: any of its aliases.
+    """
+    parts = episode.task.metadata.get("required")
+    if parts is None:
+        return _mean(episode, lambda text, gold: float(matching.contains(text, gold)))
+    return _mean(episode, lambda text, gold: sum(matching.contains(text, [part]) for part in parts) / len(parts))
+
+
 def _mean(episode, score):
     """Mean of `score` over the questions; an answer that could not be extracted scores 0."""
     values = [0.0 if a.text is None else score(a.text, a.probe.answers) for a in episode.answers]

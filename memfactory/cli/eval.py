@@ -25,13 +25,14 @@ def evaluate(
     output: Annotated[Path | None, typer.Option("--output", help="Also write the numbers to this JSON file.")] = None,
 ) -> None:
     """Evaluate on the recipe's held-out tasks, sampled and greedy, with the same agent as in training."""
+    from memfactory.environments.base import Split
     from memfactory.evaluate.run import evaluate_agent
     from memfactory.train.callbacks import progress_bar
     from memfactory.train.prepare import check_documents, prepare
     from memfactory.train.run import load_policy
 
     console = Console()
-    prepared = prepare(find_recipe(recipe), overrides or [])
+    prepared = prepare(find_recipe(recipe), overrides or [], splits=(Split.TEST,))
     policy = load_policy(prepared, checkpoint)
     check_documents(prepared.agent, prepared.eval_tasks, policy)
     with progress_bar(console) as progress:

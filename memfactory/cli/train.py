@@ -38,7 +38,7 @@ def train(
             prepared = prepare(path, overrides or [])
         except DataError as error:
             problem = error
-            prepared = prepare(path, overrides or [], load_tasks=False)
+            prepared = prepare(path, overrides or [], splits=())
         try_out(prepared, console, problem)
         return
     from memfactory.train.run import train as run

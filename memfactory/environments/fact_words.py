@@ -101,9 +101,8 @@ class FactWords:
         words = {category: rng.choice(CATEGORIES[category]) for category in categories}
         slots = rng.sample(range(self.chunks * self.sentences), len(categories))
         at = dict(zip(slots, categories, strict=True))
-        sentences = [
-            self._sentence(rng, words[at[slot]] if slot in at else None) for slot in range(self.chunks * self.sentences)
-        ]
+        total = self.chunks * self.sentences
+        sentences = [self._sentence(rng, words[at[slot]] if slot in at else None) for slot in range(total)]
         stream = tuple(
             " ".join(sentences[start : start + self.sentences]) for start in range(0, len(sentences), self.sentences)
         )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from rich.progress import Progress
 
@@ -74,14 +75,16 @@ def evaluate_agent(
             policy.sampling = sampling
             policy.generator.manual_seed(options.seed)
             runs = [task for task in tasks for _ in range(samples)]
-            bar = progress.add_task(f"evaluate ({kind})", total=len(runs)) if progress is not None else None
+            on_done: Callable[[], None] | None = None
+            if progress is not None:
+                on_done = partial(progress.advance, progress.add_task(f"evaluate ({kind})", total=len(runs)))
             episodes: list[Episode] = []
             for start in range(0, len(runs), options.concurrent):
                 episodes += run_episodes(
                     agent,
                     runs[start : start + options.concurrent],
                     policy,
-                    (lambda: progress.advance(bar)) if progress is not None and bar is not None else None,
+                    on_done,
                 )
             score_episodes(episodes, options.dimensions)
             for number, episode in enumerate(episodes):

@@ -112,9 +112,11 @@ def load_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase, seed: 
         )
     if gguf:
         # Dequantized on loading: from here on these are ordinary weights, saved and trained as such.
-        for name in ("quantization_config", "_pre_quantization_dtype"):
-            if hasattr(model.config, name):
-                delattr(model.config, name)
+        marks = ("is_quantized", "quantization_method", "hf_quantizer", "quantization_config", "_is_quantized")
+        for owner in (model, model.config):
+            for mark in marks:
+                if mark in vars(owner):
+                    delattr(owner, mark)
     return model
 
 

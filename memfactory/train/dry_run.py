@@ -21,8 +21,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from memfactory.environments import build_environment
 from memfactory.environments.base import Split
-from memfactory.environments.ruler import RulerTasks
 from memfactory.episode import Episode
 from memfactory.errors import DataError
 from memfactory.policy.models import lora_config
@@ -79,19 +79,16 @@ def _arithmetic(prepared: Prepared, config: Any) -> Table:
     table.add_row("tasks per generation batch", f"{episodes // group}")
     table.add_row("episodes per task (num_generations)", f"{group}")
     table.add_row("episodes per generation batch", f"{episodes}")
-    if prepared.train_tasks and getattr(prepared.agent, "chunk_tokens", None) is None:
-        tasks = prepared.train_tasks[:256]
-        rows = sum(len(task.stream) + len(task.probes) for task in tasks) / len(tasks)
-        table.add_row("rows per episode", f"{rows:.1f}")
-        table.add_row(
-            "", f"[bold]{episodes // group} tasks x {group} episodes x {rows:.1f} rows = {episodes * rows:.0f} rows"
-        )
-    elif (limit := getattr(prepared.agent, "max_chunks", None)) is not None:
-        table.add_row("rows per episode", f"at most {limit + 1}")
-        table.add_row(
-            "",
-            f"[bold]{episodes // group} tasks x {group} episodes x {limit + 1} rows = at most {episodes * (limit + 1)} rows",
-        )
+    tasks, limit = prepared.train_tasks[:256], getattr(prepared.agent, "max_chunks", None)
+    rows: str | None = None
+    if tasks and getattr(prepared.agent, "chunk_tokens", None) is None:
+        mean = sum(len(task.stream) + len(task.probes) for task in tasks) / len(tasks)
+        rows, product = f"{mean:.1f}", f"{episodes * mean:.0f}"
+    elif limit is not None:  # how many chunks a document gives is up to the real tokenizer
+        rows, product = f"at most {limit + 1}", f"at most {episodes * (limit + 1)}"
+    if rows is not None:
+        table.add_row("rows per episode", rows)
+        table.add_row("", f"[bold]{episodes // group} tasks x {group} episodes x {rows} rows = {product} rows")
     updates = config.steps_per_generation / config.gradient_accumulation_steps * config.num_iterations
     table.add_row("optimizer steps per generation batch", f"{updates:g}")
     table.add_row("optimizer steps in all", f"{config.max_steps if config.max_steps > 0 else 'by epochs'}")
@@ -109,7 +106,9 @@ def _trial(prepared: Prepared, folder: Path, console: Console) -> None:
     model.save_pretrained(folder / "initial")
     model.config._name_or_path = str(folder / "initial")
 
-    tasks = list(prepared.train_tasks[:1]) or list(RulerTasks(task="niah_single", length=600).tasks(Split.TRAIN, 1))
+    tasks = list(prepared.train_tasks[:1]) or list(
+        build_environment("ruler", {"task": "niah_single", "length": 600}).tasks(Split.TRAIN, 1)
+    )
     agent = _shortened(prepared.agent)
     group = 2
     config = build_config(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -62,13 +62,13 @@ class Prepared:
         return max(limits) or 1024
 
 
-def prepare(path: Path, overrides: Sequence[str] = (), *, load_tasks: bool = True) -> Prepared:
+def prepare(path: Path, overrides: Sequence[str] = (), splits: Collection[Split] = tuple(Split)) -> Prepared:
     """Read and check a recipe completely.
 
     Args:
         path: the recipe file.
         overrides: ``key=value`` entries that replace or add to it.
-        load_tasks: False leaves the datasets alone, for checking the recipe itself.
+        splits: which tasks to load: none to check the recipe itself, the test split alone to evaluate.
 
     Raises:
         RecipeErrors: everything that is wrong with the recipe, in one message.
@@ -107,15 +107,14 @@ def prepare(path: Path, overrides: Sequence[str] = (), *, load_tasks: bool = Tru
     assert agent is not None
     assert environment is not None
 
-    train_tasks: Sequence[Task] = []
-    eval_tasks: Sequence[Task] = []
-    if load_tasks:
-        train_tasks = environment.tasks(Split.TRAIN, recipe.environment.train_tasks)
-        eval_tasks = environment.tasks(Split.TEST, recipe.environment.test_tasks)
-        for split, tasks in (("training", train_tasks), ("held-out", eval_tasks)):
-            if not tasks:
-                raise DataError(f"environment {recipe.environment.name}", f"it has no {split} tasks")
-        check_disjoint(train_tasks, eval_tasks)
+    counts = {Split.TRAIN: recipe.environment.train_tasks, Split.TEST: recipe.environment.test_tasks}
+    tasks: dict[Split, Sequence[Task]] = {}
+    for split in splits:
+        tasks[split] = environment.tasks(split, counts[split])
+        if not tasks[split]:
+            raise DataError(f"environment {recipe.environment.name}", f"it has no {split} tasks")
+    train_tasks, eval_tasks = tasks.get(Split.TRAIN, []), tasks.get(Split.TEST, [])
+    check_disjoint(train_tasks, eval_tasks)
     return Prepared(recipe, agent, environment, train_tasks, eval_tasks, dimensions)
 
 

@@ -1,0 +1,142 @@
+"""What a user sees of `memfactory train`: bad input, refusals, the dry run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from memfactory.environments.base import Split
+from memfactory.errors import DataError, RecipeError, RecipeErrors
+from memfactory.plugins import shipped
+from memfactory.train.prepare import prepare
+
+QUICKSTART = shipped("recipes") / "memagent" / "quickstart.yaml"
+
+
+def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "memfactory.cli.main", *arguments],
+        cwd=folder,
+        env=os.environ | {"COLUMNS": "200", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def errors_of(*overrides: str) -> str:
+    with pytest.raises(RecipeErrors) as caught:
+        prepare(QUICKSTART, overrides)
+    return str(caught.value)
+
+
+def test_all_recipe_errors_are_printed_together_with_the_nearest_key(tmp_path: Path) -> None:
+    result = run(
+        *("train", "memagent/quickstart", "modle.name=x", "train.learning_rat=1", "train.num_generations=1"),
+        *("eval.samples=many", "warmup.stepz=3", "train.max_steps=lots", "output_dir=out"),
+        folder=tmp_path,
+    )
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    for expected in (
+        *("modle: unknown key", "did you mean 'model'?", "train.learning_rat", "did you mean 'learning_rate'?"),
+        *("train.num_generations: 1", "eval.samples", "warmup.stepz", "did you mean 'steps'?", "train.max_steps"),
+    ):
+        assert expected in result.stderr
+    assert "6 errors" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_errors_of_agent_environment_and_rewards_come_in_one_message() -> None:
+    text = errors_of(
+        "agent.max_memory_token=3",
+        "environment.chunkz=2",
+        "rewards=[{name: answer.exact_mach}]",
+        "train.loss_type=sapo",
+        "train.output_dir=x",
+    )
+    for expected in ("max_memory_tokens", "'chunks'", "exact_match", "sapo", "train.output_dir"):
+        assert expected in text
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_a_group_needs_two_episodes(size: int) -> None:
+    assert "nothing to compare" in errors_of(f"train.num_generations={size}")
+
+
+def test_wrong_batch_arithmetic_is_the_recipes_fault(tmp_path: Path) -> None:
+    result = run(
+        *("train", "memagent/quickstart", "--dry-run", "train.per_device_train_batch_size=12"), folder=tmp_path
+    )
+    assert result.returncode == 2
+    assert "divisible" in result.stderr
+
+
+def test_missing_recipe_file(tmp_path: Path) -> None:
+    result = run("train", "memagent/quickstrat", folder=tmp_path)
+    assert result.returncode == 2
+    assert "memagent/quickstart" in result.stderr
+
+
+def test_recipe_that_is_not_yaml_names_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("name: x\nmodel: [unclosed\ntrain: 3\n")
+    with pytest.raises(RecipeError, match=r"bad.yaml line \d"):
+        prepare(path)
+
+
+def test_data_errors_name_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"context": "a", "input": "b", "answers": ["c"]}\n{"context": \n')
+    files = ("environment.name=files", f"environment.train={path}", f"environment.test={path}")
+    plain = ("environment.train_tasks=null", "environment.test_tasks=null")
+    with pytest.raises(DataError, match=r"train\.jsonl.*2"):
+        prepare(QUICKSTART, [*files, *plain])
+
+
+def test_overlap_of_train_and_test_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "all.jsonl"
+    path.write_text('{"context": "a", "input": "b", "answers": ["c"]}\n')
+    files = ("environment.name=files", f"environment.train={path}", f"environment.test={path}")
+    with pytest.raises(DataError, match=r"overlap|both"):
+        prepare(QUICKSTART, [*files, "environment.train_tasks=null", "environment.test_tasks=null"])
+
+
+def test_output_folder_of_another_run_is_refused_and_untouched(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    small = ("train.max_steps=1", "warmup.steps=1", "environment.train_tasks=16", "environment.test_tasks=2")
+    first = run("train", "memagent/quickstart", f"output_dir={folder}", *small, folder=tmp_path)
+    assert first.returncode == 0, first.stderr
+    before = {path: path.read_bytes() for path in folder.glob("*.*")}
+    again = run("train", "memagent/quickstart", f"output_dir={folder}", *small, folder=tmp_path)
+    other = run("train", "memagent/quickstart", f"output_dir={folder}", *small, "seed=5", "--resume", folder=tmp_path)
+    assert again.returncode == 2
+    assert "--resume" in again.stderr
+    assert other.returncode == 2
+    assert "seed" in other.stderr
+    assert {path: path.read_bytes() for path in folder.glob("*.*")} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["quickstart", "smollm2-135m", "qwen3-1.7b", "qwen3-4b", "qwen2.5-7b"])
+def test_every_shipped_recipe_passes_the_dry_run(tmp_path: Path, name: str) -> None:
+    result = run("train", f"memagent/{name}", "--dry-run", folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "dry run passed" in result.stdout
+    assert "optimizer step: 24 of 24" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluation_needs_the_test_split_alone() -> None:
+    prepared = prepare(QUICKSTART, ["environment.train_tasks=null"], splits=(Split.TEST,))
+    assert len(prepared.eval_tasks) == 256
+
+
+def test_eval_without_a_checkpoint_in_the_folder_says_so(tmp_path: Path) -> None:
+    result = run("eval", "memagent/quickstart", "--checkpoint", str(tmp_path), folder=tmp_path)
+    assert result.returncode == 1
+    assert "no checkpoint" in result.stderr

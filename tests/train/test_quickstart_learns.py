@@ -1,0 +1,36 @@
+"""The claim of the quickstart in a shortened form: reward teaches the model to keep its notes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.slow
+def test_reward_raises_held_out_accuracy_and_retention(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "memfactory.cli.main", "train", "memagent/quickstart"),
+            *(f"output_dir={run}", "seed=7", "train.max_steps=25", "train.learning_rate=0.0005"),
+            *("train.eval_strategy=no", "environment.test_tasks=192"),
+        ],
+        check=True,
+        env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
+        timeout=600,
+    )
+    summary = json.loads((run / "summary.json").read_text())
+    before, after = summary["before"], summary["after"]
+    # Measured over seeds 0-5 of the full run: .05-.15 before, .76-.85 after; half the steps reach .60 and more.
+    assert before["sampled_em"] <= 0.2
+    assert after["sampled_em"] >= 0.45
+    assert after["sampled_em"] >= before["sampled_em"] + 0.35
+    assert after["sampled_retain"] >= before["sampled_retain"] + 0.35
+    assert after["sampled_capture"] >= 0.8
+    assert (run / "report.html").is_file()
+    assert summary["peak_memory_bytes"] < 2e9
