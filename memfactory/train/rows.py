@@ -92,7 +92,13 @@ def _mark_shared_prefixes(rows: Sequence[Row]) -> None:
 
 
 def loss_weights(
-    rows: Sequence[Row], tokens_per_episode: Sequence[int], loss_type: str, max_length: int
+    rows: Sequence[Row],
+    tokens_per_episode: Sequence[int],
+    loss_type: str,
+    max_length: int,
+    *,
+    total: float | None = None,
+    episodes: float | None = None,
 ) -> list[float]:
     """Weight of each row's trained tokens under TRL's ``dapo`` reduction, so that `loss_type`'s own
     normalisation results, whatever the rows and micro-batches.
@@ -111,8 +117,11 @@ def loss_weights(
         tokens_per_episode: trained tokens of every episode of the batch, dead groups included, as in TRL.
         loss_type: TRL's `loss_type`.
         max_length: TRL's `max_completion_length`.
+        total: N where the batch is spread over ranks; default the sum of `tokens_per_episode`.
+        episodes: E where the batch is spread over ranks; default those of `tokens_per_episode` above 0.
     """
-    total, episodes = sum(tokens_per_episode), sum(tokens > 0 for tokens in tokens_per_episode)
+    total = sum(tokens_per_episode) if total is None else total
+    episodes = sum(tokens > 0 for tokens in tokens_per_episode) if episodes is None else episodes
     if loss_type in ("dapo", "bnpo", "cispo", "vespo"):
         return [1.0] * len(rows)
     if loss_type == "grpo":

@@ -307,12 +307,14 @@ class EpisodeGRPOTrainer(GRPOTrainer):
             tokens[row.episode] += row.trained_tokens
         # Groups without spread have advantage 0 and so no gradient: they count in every mean and cost no pass.
         rows = [row for row in all_rows if any(row.advantages)]
-        weights = dict(
-            zip(
-                map(id, rows), loss_weights(rows, tokens, self.loss_type, self.args.max_completion_length), strict=True
-            )
-        )
         total = float(self._reduce_sum(sum(tokens)))
+        counted = self._reduce_sum(sum(number > 0 for number in tokens))
+        values = loss_weights(
+            rows, tokens, self.loss_type, self.args.max_completion_length, total=total, episodes=counted
+        )
+        # TRL keeps sums of a row's weights from falling below 1, so weights and their divisor are scaled up together
+        scale = max([1.0, *(1 / value for value in values)])
+        weights = {id(row): value * scale for row, value in zip(rows, values, strict=True)}
 
         steps, accumulation = self.args.steps_per_generation, self.args.gradient_accumulation_steps
         windows = steps // accumulation if steps % accumulation == 0 else 1
@@ -320,15 +322,18 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         for window in _windows(rows, len(measured), windows, _seed(self.args.seed, "windows", self._step)):
             plan += deal(cut(window, self.parts.rollout.train_token_budget), steps // windows)
 
-        # on-policy, TRL takes the ratio against the pass itself; otherwise against what was sampled
-        reused = self.num_iterations > 1 or windows > 1
+        # While the weights have not moved since sampling, TRL takes the ratio against the pass itself; otherwise
+        # it is taken against what was sampled. TRL's rule for which of the two it is:
+        reused = accumulation % (steps * self.num_iterations) != 0
         buffer: list[list[MicroBatch]] = []
         for step in plan:
             count = self._reduce_max(len(step))  # every rank does as many passes as the busiest
+            if self.accelerator.num_processes > 1:
+                count = max(count, 1)  # gradients are exchanged on the last pass of an optimizer step, so there is one
             micro_batches = []
             for number in range(count):
                 group = step[number] if number < len(step) else []
-                size = self._reduce_max(len(group))
+                size = max(self._reduce_max(len(group)), 1)
                 micro = collate(group, [weights[id(row)] for row in group], self._tokenizer.pad_token_id, size)
                 widest = max((row.length for row in group), default=2)
                 self._computed_tokens[0] += sum(row.length for row in group)
@@ -336,7 +341,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
                 micro = {key: value.to(self.args.device) for key, value in micro.items()}
                 if reused:
                     micro["old_per_token_logps"] = micro["sampling_per_token_logps"]
-                micro["num_items_in_batch"] = torch.tensor(total, device=self.args.device)
+                micro["num_items_in_batch"] = torch.tensor(total * scale, device=self.args.device)
                 micro_batches.append(micro)
             buffer.append(micro_batches)
         self.totals["trained_tokens"] += sum(row.trained_tokens for row in rows)
