@@ -1,0 +1,14 @@
+"""What every test shares: no network, few threads, no deadline on machines that are busy."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("memfactory", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("memfactory")

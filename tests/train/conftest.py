@@ -1,0 +1,298 @@
+"""Recorded episodes, and one real optimizer step on them by our trainer or by TRL's own."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from memfactory.episode import Episode, StopReason, Task, Turn
+from memfactory.policy.tiny import tiny_tokenizer
+from memfactory.recipe import CreditSection, RolloutSection
+from memfactory.reward.aggregate import WeightedDimension
+from memfactory.reward.dimension import RewardDimension
+from memfactory.train.trainer import EpisodeGRPOTrainer, Parts
+
+VOCABULARY = [f"w{i}" for i in range(43)]
+FIRST, LAST = 5, 47  # ids of ordinary words
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Matrices here are so small that a second thread costs more than it brings."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cheap_collections():
+    """`Trainer.train` collects garbage; without the imported libraries in it that takes no time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return tiny_tokenizer(VOCABULARY)
+
+
+def make_model(kind: str = "qwen3", seed: int = 0) -> Any:
+    sizes = {
+        "vocab_size": len(VOCABULARY) + 5,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "eos_token_id": 2,
+        "bos_token_id": None,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": False,
+    }
+    torch.manual_seed(seed)
+    if kind == "llama":
+        return LlamaForCausalLM(LlamaConfig(**sizes))
+    return Qwen3ForCausalLM(Qwen3Config(head_dim=16, **sizes))
+
+
+@torch.no_grad()
+def fill_in_logprobs(groups: dict[str, list[Episode]], model: Any, temperature: float = 1.0) -> None:
+    """Set the log-probs that `model` gives to what every turn says it sampled."""
+    for episode in (episode for episodes in groups.values() for episode in episodes):
+        for turn in episode.turns:
+            whole = torch.tensor([turn.prompt_ids + turn.completion_ids])
+            logp = (model(whole).logits[0] / temperature).log_softmax(-1)
+            at = range(len(turn.prompt_ids) - 1, whole.shape[1] - 1)
+            turn.logprobs = [logp[i, token].item() for i, token in zip(at, turn.completion_ids, strict=True)]
+
+
+def ids(rng: random.Random, low: int, high: int) -> list[int]:
+    return [rng.randint(FIRST, LAST) for _ in range(rng.randint(low, high))]
+
+
+def single_turn(task: Task, rng: random.Random, prompt: list[int], reward: float) -> Episode:
+    """An episode as it comes from a rollout; its reward is carried in `memory`."""
+    completion = ids(rng, 1, 9)
+    turn = Turn("answer", list(prompt), completion, [-1.0] * len(completion), "", StopReason.STOP)
+    return Episode(task, [turn], memory=str(reward))
+
+
+def recorded_groups(tasks: int, generations: int, seed: int = 0, *, dead: int = 0) -> dict[str, list[Episode]]:
+    """Single-turn episodes by task id; in the last `dead` groups all rewards are equal."""
+    rng = random.Random(seed)
+    groups = {}
+    for number in range(tasks):
+        task = Task(f"w{number}", (), ())
+        prompt = ids(rng, 3, 12)
+        rewards = [rng.choice([0.0, 0.25, 1.0]) for _ in range(generations - 2)] + [0.0, 1.0]
+        if number >= tasks - dead:
+            rewards = [1.0] * generations
+        groups[task.id] = [single_turn(task, rng, prompt, reward) for reward in rewards]
+    return groups
+
+
+class ReplayAgent:
+    """An agent that returns recorded episodes, one after another for each task.
+
+    `skip` are the episodes of the very first task that another rank replays.
+    """
+
+    def __init__(self, groups: dict[str, list[Episode]], skip: int = 0) -> None:
+        self.groups = groups
+        self.next: dict[str, int] = defaultdict(int)
+        self.skip = skip
+
+    async def run(self, task: Task, policy: Any, store: Any = None) -> Episode:
+        own = self.groups[task.id]
+        if not self.next:
+            self.next[task.id] = self.skip
+        episode = copy.deepcopy(own[self.next[task.id] % len(own)])
+        self.next[task.id] += 1
+        return episode
+
+
+def recorded_reward() -> WeightedDimension:
+    function = RewardDimension(
+        "recorded", lambda e: None if e.memory == "None" else float(e.memory), float("-inf"), float("inf")
+    )
+    return WeightedDimension("recorded", function, 1.0)
+
+
+class KeepGradients(TrainerCallback):
+    """Copies the gradient of every optimizer step, just before the optimizer uses it."""
+
+    def __init__(self) -> None:
+        self.steps: list[torch.Tensor] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.steps.append(
+            torch.cat(
+                [
+                    (torch.zeros_like(p) if p.grad is None else p.grad).detach().flatten().clone()
+                    for p in model.parameters()
+                    if p.requires_grad
+                ]
+            )
+        )
+
+
+def config(folder: Any, **options: Any) -> GRPOConfig:
+    values = {
+        "output_dir": str(folder),
+        "max_steps": 1,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "max_completion_length": 16,
+        "seed": 3,
+    }
+    return GRPOConfig(**(values | options))
+
+
+class Ours(EpisodeGRPOTrainer):
+    """Ours, unchanged; only the list of losses is kept."""
+
+    losses: list[float]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.__dict__.setdefault("losses", []).append(loss.item())
+        return loss
+
+
+class Theirs(GRPOTrainer):
+    """TRL's, unchanged; only the list of losses is kept."""
+
+    losses: list[float]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.__dict__.setdefault("losses", []).append(loss.item())
+        return loss
+
+
+def step_of_ours(
+    groups: dict[str, list[Episode]],
+    model: Any,
+    tokenizer: Any,
+    folder: Any,
+    *,
+    budget: int = 16384,
+    assigner: str = "broadcast",
+    peft_config: Any = None,
+    **options: Any,
+) -> tuple[list[torch.Tensor], Ours]:
+    """Gradients of the optimizer steps our trainer makes on recorded episodes, and the trainer."""
+    tasks = [episodes[0].task for episodes in groups.values()]
+    args, generations = config(folder, **options), options["num_generations"]
+    parts = Parts(
+        ReplayAgent(groups, skip=int(os.environ.get("RANK", 0)) * args.per_device_train_batch_size % generations),
+        tasks,
+        tasks[:1],
+        [recorded_reward()],
+        credit=CreditSection(assigner=assigner),
+        rollout=RolloutSection(train_token_budget=budget, max_failed_share=1.0),
+    )
+    keep = KeepGradients()
+    trainer = Ours(
+        parts,
+        model,
+        args,
+        processing_class=tokenizer,
+        callbacks=[keep],
+        peft_config=peft_config,
+    )
+    trainer.train()
+    return keep.steps, trainer
+
+
+def step_of_trl(
+    groups: dict[str, list[Episode]],
+    model: Any,
+    tokenizer: Any,
+    folder: Any,
+    *,
+    peft_config: Any = None,
+    **options: Any,
+) -> tuple[list[torch.Tensor], Theirs]:
+    """The same by `trl.GRPOTrainer`, fed through its own `rollout_func`. Single-turn episodes only."""
+    turn_of: dict[str, int] = defaultdict(int)
+
+    def rollout(prompts: Sequence[str], trainer: Any) -> dict[str, Any]:
+        episodes = []
+        for prompt in prompts:
+            episodes.append(groups[prompt][turn_of[prompt] % len(groups[prompt])])
+            turn_of[prompt] += 1
+        return {
+            "prompt_ids": [list(e.turns[0].prompt_ids) for e in episodes],
+            "completion_ids": [list(e.turns[0].completion_ids) for e in episodes],
+            "logprobs": None,
+            "value": [float(e.memory) for e in episodes],
+        }
+
+    def reward(completions: Any, value: list[float], **columns: Any) -> list[float]:
+        return value
+
+    keep = KeepGradients()
+    trainer = Theirs(
+        model=model,
+        reward_funcs=[reward],
+        args=config(folder, **options),
+        train_dataset=Dataset.from_dict({"prompt": list(groups)}),
+        processing_class=tokenizer,
+        rollout_func=rollout,
+        callbacks=[keep],
+        peft_config=peft_config,
+    )
+    trainer.train()
+    return keep.steps, trainer
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Length of the difference over the length of the longer one: covers norm and direction."""
+    a, b = a.double(), b.double()
+    return float((a - b).norm() / torch.maximum(a.norm(), b.norm()))
+
+
+class Bench:
+    """The functions above, handed to tests as one fixture."""
+
+    make_model = staticmethod(make_model)
+    groups = staticmethod(recorded_groups)
+    ours = staticmethod(step_of_ours)
+    trl = staticmethod(step_of_trl)
+    relative = staticmethod(relative)
+    config = staticmethod(config)
+    ids = staticmethod(ids)
+    fill_in_logprobs = staticmethod(fill_in_logprobs)
+    ReplayAgent = ReplayAgent
+    KeepGradients = KeepGradients
+    recorded_reward = staticmethod(recorded_reward)
+
+
+@pytest.fixture(scope="session")
+def bench() -> type[Bench]:
+    return Bench
