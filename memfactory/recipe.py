@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -192,6 +193,28 @@ class Recipe(_Section):
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: ``1e-4`` is a number, and ``no`` and ``off`` are words (as in YAML 1.2)."""
+
+
+_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _FLOAT)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(r"^[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text, read safely; see :class:`_Loader` for how numbers and booleans are read."""
+    return yaml.load(text, Loader=_Loader)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in `path`.
 
@@ -205,7 +228,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"{path}: cannot be read", error.strerror or str(error), "see `memfactory recipes` for the shipped recipes"
         ) from error
     try:
-        data = yaml.safe_load(text)
+        data = parse_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
@@ -241,22 +264,12 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any
                 break
         else:
             try:
-                target[last] = yaml.safe_load(raw)
-                # YAML 1.1 reads 1e-4 as text; a learning rate is meant
-                if isinstance(target[last], str):
-                    target[last] = _number(target[last])
+                target[last] = parse_yaml(raw)
             except yaml.YAMLError:
                 target[last] = raw
     if errors:
         raise RecipeErrors("command line", errors)
     return data
-
-
-def _number(text: str) -> Any:
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def nearest(key: str, known: list[str]) -> str:

@@ -26,6 +26,7 @@ _DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "shuffle_dataset": True,
     "remove_unused_columns": False,
+    "ddp_find_unused_parameters": False,  # every parameter is used in every pass; looking for others costs time
 }
 # Set by the recipe or decided by the run; naming them in `train:` would contradict it.
 _OWNED = {

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 import transformers
+from accelerate import PartialState
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -67,7 +68,21 @@ def train(prepared: Prepared, *, resume: bool = False, console: Console | None =
     recipe = prepared.recipe
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    run = RunFolder.open(recipe.run_dir, recipe, resume=resume)
+    config = build_config(
+        recipe.train,
+        checkpoints=RunFolder(recipe.run_dir).checkpoints,
+        seed=recipe.seed,
+        max_completion_length=prepared.max_turn_tokens,
+    )
+    ranks = PartialState()
+    if not ranks.is_main_process:
+        console = Console(quiet=True)
+    with ranks.main_process_first():  # one process makes the folder, the others find it
+        run = (
+            RunFolder.open(recipe.run_dir, recipe, resume=resume)
+            if ranks.is_main_process
+            else RunFolder(recipe.run_dir)
+        )
     checkpoint = run.latest_checkpoint() if resume else None
     if checkpoint is not None:
         console.print(f"resuming from {checkpoint}")
@@ -75,14 +90,20 @@ def train(prepared: Prepared, *, resume: bool = False, console: Console | None =
     transformers.set_seed(recipe.seed)
     tokenizer = load_tokenizer(recipe.model, prepared.vocabulary)
     initial = run.path / "initial"
-    model = _initial_model(prepared, run, tokenizer, initial, resumed=checkpoint is not None, console=console)
-    config = build_config(
-        recipe.train, checkpoints=run.checkpoints, seed=recipe.seed, max_completion_length=prepared.max_turn_tokens
-    )
+    with ranks.main_process_first():  # one process warms up, the others load what it saved
+        model = _initial_model(
+            prepared,
+            run,
+            tokenizer,
+            initial,
+            saved=checkpoint is not None or not ranks.is_main_process,
+            console=console,
+        )
     if config.beta != 0 and recipe.model.lora is None:
         # TRL loads the reference model by name; the name of our starting point is this folder
-        if not initial.is_dir():
+        if ranks.is_main_process and not initial.is_dir():
             _save(model, tokenizer, initial)
+        ranks.wait_for_everyone()
         model.config._name_or_path = str(initial)
     stop = StopOnInterrupt(console)
     log = RunLog(run, console, config.max_steps)
@@ -113,7 +134,8 @@ def train(prepared: Prepared, *, resume: bool = False, console: Console | None =
         before = _evaluate(prepared, trainer, run, console)
         summary["before"] = before
         console.print(f"before: {describe(before)}")
-        run.write_summary(summary | {"stopped": "unfinished"})
+        if ranks.is_main_process:
+            run.write_summary(summary | {"stopped": "unfinished"})
 
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
 
@@ -128,18 +150,20 @@ def train(prepared: Prepared, *, resume: bool = False, console: Console | None =
         fresh = newest is not None and newest[0] == step
         summary["after"] = newest[1] if newest and fresh else _evaluate(prepared, trainer, run, console)
         trainer.save_model(str(run.path / "model"))
-        tokenizer.save_pretrained(run.path / "model")
+        if ranks.is_main_process:
+            tokenizer.save_pretrained(run.path / "model")
     summary |= clock.read() | {
         "peak_memory_bytes": _peak_memory(),
         "seconds": trainer.total_seconds,
         "totals": trainer.totals,
     }
-    run.write_summary(summary)
-    report = write_report(run.path)
-    if summary["after"] is not None:
-        console.print(f"before: {describe(summary['before'])}")
-        console.print(f"after:  {describe(summary['after'])}")
-    console.print(f"report: {report}")
+    if ranks.is_main_process:
+        run.write_summary(summary)
+        report = write_report(run.path)
+        if summary["after"] is not None:
+            console.print(f"before: {describe(summary['before'])}")
+            console.print(f"after:  {describe(summary['after'])}")
+        console.print(f"report: {report}", soft_wrap=True)
     return summary
 
 
@@ -149,12 +173,12 @@ def _initial_model(
     tokenizer: PreTrainedTokenizerBase,
     initial: Path,
     *,
-    resumed: bool,
+    saved: bool,
     console: Console,
 ) -> PreTrainedModel:
-    """The policy before GRPO: as loaded, or warmed up. A resumed run finds it in its own folder."""
+    """The policy before GRPO: as loaded, or warmed up; from the run folder where it is `saved` there."""
     recipe = prepared.recipe
-    if resumed and initial.is_dir():
+    if saved and initial.is_dir():
         return load_checkpoint(initial, recipe.model)
     model = load_model(recipe.model, tokenizer, recipe.seed)
     device: Any = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
