@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
 import typing
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -90,35 +91,48 @@ def find_in_folder(name: str, folder: str) -> Any:
     raise RecipeError(f"'{name}' is in no file of {folder}/", f"looked for {file or name}.py", nearest(file, stems))
 
 
-def construct(cls: type, options: dict[str, Any], where: str) -> Any:
-    """An instance of the dataclass `cls` from a recipe section, its options checked like the recipe itself.
+def construct(build: Callable[..., Any], options: dict[str, Any], where: str) -> Any:
+    """`build` called with a recipe section as keyword arguments, checked like the recipe itself.
 
     Args:
-        cls: a dataclass, e.g. an agent or an environment.
-        options: field values as YAML gives them.
+        build: a class or a function, e.g. an agent or an environment.
+        options: values as YAML gives them; they are converted to the types `build` declares.
         where: the section, for messages, e.g. ``agent``.
 
     Raises:
-        RecipeErrors: unknown options (with the nearest one), wrong types, missing values; all together.
+        RecipeErrors: options are unknown (with the nearest one), missing or of the wrong type; all together.
     """
-    if not dataclasses.is_dataclass(cls):
-        return cls(**options)
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
-    hints = typing.get_type_hints(cls)
+    parameters = inspect.signature(build).parameters
+    named = [key for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    open_ended = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    try:
+        types = typing.get_type_hints(build.__init__ if isinstance(build, type) else build)  # type: ignore[misc]
+    except NameError:  # annotations that exist only for type checkers: leave the values as they are
+        types = {}
     errors: list[MemFactoryError] = []
-    values: dict[str, Any] = {}
+    checked: dict[str, Any] = {}
     for key, value in options.items():
-        if key not in fields:
-            errors.append(RecipeError(f"{where}.{key}: unknown option of {cls.__name__}", "", nearest(key, [*fields])))
+        if key not in named and not open_ended:
+            errors.append(RecipeError(f"{where}.{key}: unknown option", "", nearest(key, named)))
             continue
         try:
-            values[key] = TypeAdapter(hints[key]).validate_python(value)
+            checked[key] = TypeAdapter(types[key]).validate_python(value) if key in types else value
         except ValidationError as error:
-            errors.append(RecipeError(f"{where}.{key}: {error.errors()[0]['msg']} (got {value!r})"))
-    for key, field in fields.items():
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and key not in options:
+            errors.append(RecipeError(f"{where}.{key}: {reasons(error)}", f"got {value!r}"))
+    for key in named:
+        if parameters[key].default is inspect.Parameter.empty and key not in options:
             errors.append(RecipeError(f"{where}.{key}: missing", "", f"add `{key}:`"))
     if errors:
         raise RecipeErrors(where, errors)
-    return cls(**values)
+    return build(**checked)
+
+
+def reasons(error: ValidationError) -> str:
+    """Why pydantic refused a value. A union reports one problem per member; each says what was expected."""
+    return " or ".join(dict.fromkeys(reason(item) for item in error.errors()))
+
+
+def reason(item: Any) -> str:
+    """Why pydantic refused one item, as the continuation of a sentence."""
+    text = str(item["msg"])
+    return text[:1].lower() + text[1:]

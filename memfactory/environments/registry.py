@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from memfactory.environments.base import Environment
 from memfactory.errors import MemFactoryError, RecipeError, RecipeErrors
-from memfactory.plugins import resolve, shipped
+from memfactory.plugins import construct, reason, resolve, shipped
 from memfactory.recipe import nearest, read_yaml
 
 ENVIRONMENTS = {
@@ -70,7 +68,7 @@ def read_registry(path: Path) -> dict[str, Dataset]:
                 key = ".".join(map(str, item["loc"]))
                 unknown = item["type"] == "extra_forbidden"
                 fix = nearest(key, list(Dataset.model_fields)) if unknown else ""
-                errors.append(RecipeError(f"{name}{f'.{key}' if key else ''}: {_reason(item)}", "", fix))
+                errors.append(RecipeError(f"{name}{f'.{key}' if key else ''}: {reason(item)}", "", fix))
         else:
             entries[str(name)] = dataset.model_copy(update={"options": _in_folder(dataset.options, path.parent)})
     if errors:
@@ -94,7 +92,7 @@ def build_environment(name: str, options: dict[str, Any]) -> Environment:
     where = f"environment {name}"
     if not callable(build):
         raise RecipeError(where, f"{target} is a {type(build).__name__}, not a class", "name the environment's class")
-    environment = build(**_checked(build, options, where))
+    environment = construct(build, options, "environment")
     if not callable(getattr(environment, "tasks", None)):
         raise RecipeError(
             where, f"{target} has no method `tasks`", "give it `def tasks(self, split, count=None)` returning tasks"
@@ -117,40 +115,6 @@ def _target(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         )
     dataset = known[name]
     return ENVIRONMENTS.get(dataset.environment, dataset.environment), {**dataset.options, **options}
-
-
-def _checked(build: Callable[..., Any], options: dict[str, Any], where: str) -> dict[str, Any]:
-    """`options` converted to the types `build` declares."""
-    parameters = inspect.signature(build).parameters
-    named = [key for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    open_ended = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
-    try:
-        types = get_type_hints(build.__init__ if isinstance(build, type) else build)  # type: ignore[misc]
-    except NameError:  # annotations that exist only for type checkers: leave the values as they are
-        types = {}
-    errors: list[MemFactoryError] = []
-    checked: dict[str, Any] = {}
-    for key, value in options.items():
-        if key not in named and not open_ended:
-            errors.append(RecipeError(f"environment.{key}: unknown option", "", nearest(key, named)))
-            continue
-        try:
-            checked[key] = TypeAdapter(types[key]).validate_python(value) if key in types else value
-        except ValidationError as error:
-            # a union reports one problem per member; the first says what was expected
-            reasons = list(dict.fromkeys(_reason(item) for item in error.errors()))
-            errors.append(RecipeError(f"environment.{key}: {' or '.join(reasons)}", f"got {value!r}"))
-    for key in named:
-        if parameters[key].default is inspect.Parameter.empty and key not in options:
-            errors.append(RecipeError(f"environment.{key}: missing", "", f"add `{key}:`"))
-    if errors:
-        raise RecipeErrors(where, errors)
-    return checked
-
-
-def _reason(item: Any) -> str:
-    text = str(item["msg"])
-    return text[:1].lower() + text[1:]
 
 
 def _in_folder(value: Any, folder: Path) -> Any:
