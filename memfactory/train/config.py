@@ -38,12 +38,16 @@ _OWNED = {
     "max_completion_length": "agent.max_memory_tokens and agent.max_answer_tokens",
     "model_init_kwargs": "the section model:",
 }
+_PER_PASS = "TRL computes it per micro-batch, so rollout.train_token_budget would change results; leave it out"
 # TRL options that assume one prompt and one completion per episode, and what to use instead.
 _REFUSED: dict[str, tuple[Any, str]] = {
     "use_vllm": (False, "generation with vLLM is not wired to episodes yet; leave it out"),
     "use_transformers_continuous_batching": (False, "episodes are batched by our own scheduler; leave it out"),
     "use_liger_kernel": (False, "TRL deprecates it; leave it out"),
     "multi_objective_aggregation": ("sum_then_normalize", "dimensions are summed by weight; leave it out"),
+    "entropy_coef": (0.0, _PER_PASS),
+    "use_adaptive_entropy": (False, _PER_PASS),
+    "top_entropy_quantile": (1.0, _PER_PASS),
     "log_completions": (False, "episodes are written to episodes.jsonl and shown in the report"),
 }
 
