@@ -102,7 +102,8 @@ def decode(
         mask[row, longest - len(sequence.prompt_ids) :] = 1
     ids, mask = ids.to(device), mask.to(device)  # (B, P)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, P)
-    context = ids if sampler.penalty is not None else None
+    # What the repetition penalty sees: the prompt's own tokens also where the padding stands.
+    context = torch.where(mask.bool(), ids, ids[:, -1:]) if sampler.penalty is not None else None
     ends = frozenset(eos_ids)
     cache = DynamicCache(config=model.config)
 

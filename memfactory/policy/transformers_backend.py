@@ -129,7 +129,8 @@ class TransformersPolicy:
                 waiting = len(self._pending)
                 for _ in range(3):  # an episode needs a few turns of the loop from reply to next request
                     await asyncio.sleep(0)
-            requests, self._pending = self._pending, []
+            # a cancelled call, of this rollout or of one that failed, is nobody's any more
+            requests, self._pending = [request for request in self._pending if not request.reply.done()], []
             for batch in _batches(requests, self.token_budget):
                 try:
                     await self._decode(batch)
@@ -161,7 +162,9 @@ class TransformersPolicy:
                 return
             for sequence in finished:
                 self.generated_tokens += len(sequence.completion_ids)
-                replies[id(sequence)].set_result(None)
+                reply = replies[id(sequence)]
+                if not reply.done():  # done already: its caller was cancelled
+                    reply.set_result(None)
             if finished:
                 await asyncio.sleep(0)
 
