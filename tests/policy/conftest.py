@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from memfactory.policy.tiny import tiny_tokenizer
 
@@ -38,6 +46,11 @@ def make_model(kind: str, vocabulary: int, *, positions: int = 512, spread: floa
         "tie_word_embeddings": False,
     }
     torch.manual_seed(seed)
+    if kind == "gpt2":  # positions are learned, so that an offset shows, as it does not with rotations
+        shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": positions}
+        names = ("vocab_size", "initializer_range", "pad_token_id", "eos_token_id", "bos_token_id")
+        config = GPT2Config(**shape, **{name: sizes[name] for name in names})
+        return GPT2LMHeadModel(config).eval()
     if kind == "llama":
         return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
     return Qwen3ForCausalLM(Qwen3Config(head_dim=8, **sizes)).eval()

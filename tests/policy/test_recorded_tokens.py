@@ -77,7 +77,7 @@ SAMPLINGS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "gpt2"])
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_log_probs_are_those_of_a_fresh_forward_pass(bench, tokenizer, kind, name):
     sampling = SAMPLINGS[name]
@@ -226,7 +226,7 @@ def test_trained_ids_are_the_sampled_ones_where_text_encodes_to_others(bench):
         torch.testing.assert_close(micro["sampling_per_token_logps"][i][trained], torch.tensor(turn.logprobs))
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "gpt2"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_trainers_log_probs_are_the_recorded_ones(bench, tokenizer, kind, temperature):
     """The scorer (left-shifted rows, head on completions only) against the sampler (left padding, cache)."""
