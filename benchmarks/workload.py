@@ -2,8 +2,8 @@
 
 What a memory agent writes decides how long its next prompts are, so two contestants that sample different
 text would do different amounts of work. Here the *notes* are therefore scripted: everything is sampled,
-decoded, parsed and written as usual, and then the memory holds a text fixed in advance. Its length is the
-length of a full turn, so prompts are as long as they would be, and all prompts are known before the run.
+decoded, parsed and written as usual, and then the memory holds a text fixed in advance. Its length is about
+that of a full turn, so prompts are as long as they would be, and all prompts are known before the run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -115,20 +115,25 @@ class Workload:
         assert len(offsets) > count, "the document is too short for its chunks"
         return text[: offsets[count - 1][1]]
 
-    @cached_property
-    def _note_words(self) -> list[str]:
-        """Words of a note of `spec.new_tokens` tokens. Their order does not change the number of tokens."""
+    @cache  # noqa: B019  (one workload per process)
+    def _note_words(self, tokens: int) -> list[str]:
+        """Words of a note of `tokens` tokens. Their order does not change the number of tokens."""
         filler = "the code of Leo is in my notes and so we read on about bread and rain after a long walk".split()
         words = ["Notes"]
-        while len(self.tokenizer(" ".join(words), add_special_tokens=False)["input_ids"]) < self.spec.new_tokens:
+        while len(self.tokenizer(" ".join(words), add_special_tokens=False)["input_ids"]) < tokens:
             words.append(filler[len(words) % len(filler)])
         return words
 
     def notes(self, task: int, sample: int) -> list[str]:
-        """The memory of one episode after each of its writes."""
+        """The memory of one episode after each of its writes.
+
+        A turn's tokens rarely read back as exactly as many, so prompts of a batch differ in length. Here
+        notes are up to 3 tokens shorter than a turn, depending on the task; within a group they are equal,
+        which lets TRL's single-turn groups have the same lengths.
+        """
         result = []
         for turn in range(self.spec.chunks):
-            first, *rest = self._note_words
+            first, *rest = self._note_words(max(1, self.spec.new_tokens - task % 4))
             random.Random(f"{self.spec.seed}/{task}/{sample}/{turn}").shuffle(rest)
             result.append(" ".join([first, *rest]))
         return result
