@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -24,6 +24,7 @@ from transformers.generation.logits_process import (
 
 from memfactory.episode import StopReason
 from memfactory.policy.base import Sampling
+from memfactory.policy.decode_attention import grouped, growing_cache
 
 # Share of finished sequences at which the cache is compacted: copying it costs about as much as one
 # decoding step of the sequences that stay, so doing it for every single one would not pay.
@@ -78,34 +79,57 @@ class Sampler:
         else:
             if self.filters:
                 scores = self.filters(cast(Any, context_ids), cast(Any, scores))
-            ids = torch.multinomial(scores.softmax(-1), 1, generator=self.generator).squeeze(1)
+            ids = self._choose(scores.softmax(-1))
         return ids, log_probs.gather(1, ids[:, None]).squeeze(1)
 
+    def _choose(self, probs: Tensor) -> Tensor:
+        """One id per row of `probs` (B, V), by inverting the cumulative distribution.
 
-@torch.inference_mode()
+        `torch.multinomial` draws a random number for every word of the vocabulary, on CPU one after the other.
+        Double precision keeps the smallest probabilities apart.
+        """
+        cumulative = probs.double().cumsum(-1)  # (B, V)
+        draw = torch.rand(len(probs), 1, generator=self.generator, device=probs.device, dtype=torch.float64)
+        # the first id whose cumulative probability exceeds the draw; ids of probability 0 never do
+        ids = torch.searchsorted(cumulative, draw * cumulative[:, -1:], right=True)
+        return ids.squeeze(1).clamp(max=probs.shape[-1] - 1)
+
+
+@torch.no_grad()
 def decode(
     model: PreTrainedModel, sequences: Sequence[Decoding], sampler: Sampler, *, eos_ids: Sequence[int], pad_id: int
 ) -> Iterator[list[Decoding]]:
     """Decode `sequences` together; after every step yield those that just finished (often none).
 
     The caller may do other work between steps. Peak memory is the cache of
-    ``len(sequences) x (longest prompt + tokens so far)`` positions.
+    ``len(sequences) x (longest prompt + tokens so far)`` positions. A prompt that several sequences share,
+    as in the first turn of a group, is computed once.
     """
+    with grouped(model):
+        yield from _decode(model, sequences, sampler, eos_ids, pad_id)
+
+
+def _decode(
+    model: PreTrainedModel, sequences: Sequence[Decoding], sampler: Sampler, eos_ids: Sequence[int], pad_id: int
+) -> Iterator[list[Decoding]]:
     device = model.device
     live = list(sequences)
-    longest = max(len(sequence.prompt_ids) for sequence in live)
+    prompts = list(dict.fromkeys(tuple(sequence.prompt_ids) for sequence in live))  # U of them, U <= B
+    longest = max(map(len, prompts))
     # Prompts are padded on the left so that every next token has the same index.
-    ids = torch.full((len(live), longest), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(live), longest), dtype=torch.long)
-    for row, sequence in enumerate(live):
-        ids[row, longest - len(sequence.prompt_ids) :] = torch.tensor(sequence.prompt_ids)
-        mask[row, longest - len(sequence.prompt_ids) :] = 1
-    ids, mask = ids.to(device), mask.to(device)  # (B, P)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, P)
+    ids = torch.full((len(prompts), longest), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(prompts), longest), dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    ids, mask = ids.to(device), mask.to(device)  # (U, P)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (U, P)
     # What the repetition penalty sees: the prompt's own tokens also where the padding stands.
     context = torch.where(mask.bool(), ids, ids[:, -1:]) if sampler.penalty is not None else None
     ends = frozenset(eos_ids)
-    cache = DynamicCache(config=model.config)
+    cache = growing_cache(model)
+    row_of = {prompt: row for row, prompt in enumerate(prompts)}
+    members = torch.tensor([row_of[tuple(sequence.prompt_ids)] for sequence in live], device=device)  # (B,)
 
     done: list[bool] = [False] * len(live)
     step_ids = ids
@@ -117,7 +141,11 @@ def decode(
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
-        ).logits[:, -1]  # (B, V)
+        ).logits[:, -1]  # (B, V), and (U, V) for the prompts
+        if len(logits) < len(live):  # from prompts to sequences
+            cache.batch_select_indices(members)
+            logits, mask, positions = logits[members], mask[members], positions[members]
+            context = context[members] if context is not None else None
         next_ids, logprobs = sampler.draw(logits, context)
         finished: list[Decoding] = []
         for row, (token, logprob) in enumerate(zip(next_ids.tolist(), logprobs.tolist(), strict=True)):

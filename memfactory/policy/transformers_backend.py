@@ -152,21 +152,22 @@ class TransformersPolicy:
             eos_ids=self.eos_ids,
             pad_id=self.tokenizer.pad_token_id,
         )
-        while True:
-            begin = time.perf_counter()
-            # inference mode and autocast are per thread, so they must not stay on while others run
-            with self.autocast():
+        # One autocast context for the whole batch: it keeps the weights it has cast until it is left. Episodes
+        # that go on in between only render and parse.
+        with self.autocast():
+            while True:
+                begin = time.perf_counter()
                 finished = next(steps, None)
-            self.seconds += time.perf_counter() - begin
-            if finished is None:
-                return
-            for sequence in finished:
-                self.generated_tokens += len(sequence.completion_ids)
-                reply = replies[id(sequence)]
-                if not reply.done():  # done already: its caller was cancelled
-                    reply.set_result(None)
-            if finished:
-                await asyncio.sleep(0)
+                self.seconds += time.perf_counter() - begin
+                if finished is None:
+                    return
+                for sequence in finished:
+                    self.generated_tokens += len(sequence.completion_ids)
+                    reply = replies[id(sequence)]
+                    if not reply.done():  # done already: its caller was cancelled
+                        reply.set_result(None)
+                if finished:
+                    await asyncio.sleep(0)
 
 
 def _batches(requests: list[_Request], budget: int) -> list[list[_Request]]:
