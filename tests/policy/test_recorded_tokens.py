@@ -83,10 +83,13 @@ def test_log_probs_are_those_of_a_fresh_forward_pass(bench, tokenizer, kind, nam
     sampling = SAMPLINGS[name]
     model = bench.make_model(kind, len(tokenizer))
     policy = TransformersPolicy(model, tokenizer, sampling=sampling, seed=1)
-    limits = [1 + 3 * (i % 9) for i in range(24)]
-    turns = generate(policy, prompts(24), limits)
+    limits = [1 + 3 * (i % 9) for i in range(48)]
+    turns = generate(policy, prompts(48), limits)
     check(model, turns, sampling.temperature or 1.0, limits)
-    assert {turn.stop for turn in turns} == {StopReason.STOP, StopReason.LENGTH}
+    stops = {turn.stop for turn in turns}
+    assert StopReason.LENGTH in stops
+    if name in ("plain", "T=0.7"):  # filters can keep the end of sequence from ever being drawn
+        assert StopReason.STOP in stops
     assert policy.generated_tokens == sum(len(turn.completion_ids) for turn in turns)
 
 
@@ -378,13 +381,27 @@ def test_an_episode_goes_on_while_others_are_still_decoded(bench, tokenizer):
     assert len(forwards) == 30  # not after the thirty of the long one
 
 
+def test_a_prompt_that_a_group_shares_is_computed_once_and_drawn_from_by_each(bench, tokenizer):
+    model = bench.make_model("llama", len(tokenizer))
+    sizes = []
+    model.register_forward_hook(lambda module, args, output: sizes.append(output.logits.shape[0]))
+    texts = [text for text in prompts(3, seed=8) for _ in range(8)]
+    random.Random(0).shuffle(texts)
+    turns = generate(TransformersPolicy(model, tokenizer, seed=4), texts, 12)
+    assert sizes[0] == 3
+    assert sizes[1] > 3
+    check(model, turns)
+    for text in set(texts):
+        assert len({tuple(t.completion_ids) for t, own in zip(turns, texts, strict=True) if own == text}) > 4
+
+
 def test_calls_of_all_episodes_are_decoded_together(bench, tokenizer):
     """20 episodes of two turns take the passes of two batches, not of forty."""
     model = bench.make_model("qwen3", len(tokenizer))
     passes = []
     model.register_forward_hook(lambda module, args, output: passes.append(output.logits.shape[0]))
     episodes = run_episodes(
-        TwoTurns(limit=5), [Task(f"t{i}", ("w1 w2",), ()) for i in range(20)], TransformersPolicy(model, tokenizer)
+        TwoTurns(limit=5), [Task(f"t{i}", (f"w{i} w2",), ()) for i in range(20)], TransformersPolicy(model, tokenizer)
     )
     assert passes[0] == 20
     assert len(passes) <= 5 + 5 * 5
