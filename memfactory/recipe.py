@@ -275,7 +275,11 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any
 def nearest(key: str, known: list[str]) -> str:
     """``did you mean ...`` for an unknown `key`, or the list of what is known."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(sorted(known))}"
+    if close:
+        return f"did you mean '{close[0]}'?"
+    if len(known) > 40:  # a list nobody would read
+        return "see the documentation for the known keys"
+    return f"known keys: {', '.join(sorted(known))}"
 
 
 def _fields_at(location: tuple[Any, ...]) -> list[str]:

@@ -56,11 +56,7 @@ class RunFolder:
                 _write_atomically(folder.recipe_file, stored)
             return folder
         if not resume:
-            raise RecipeError(
-                f"run folder {path}",
-                "it already holds a run",
-                "--resume to continue that run, or output_dir=... for another folder",
-            )
+            folder.refuse_if_taken()
         differences = _differences(folder.read_recipe(), recipe.dump())
         if differences:
             raise RecipeError(
@@ -71,6 +67,19 @@ class RunFolder:
         checkpoint = folder.latest_checkpoint()
         folder.truncate_after(checkpoint_step(checkpoint) if checkpoint else -1)
         return folder
+
+    def refuse_if_taken(self) -> None:
+        """Check that no run lies here.
+
+        Raises:
+            RecipeError: one does.
+        """
+        if self.recipe_file.exists():
+            raise RecipeError(
+                f"run folder {self.path}",
+                "it already holds a run",
+                "--resume to continue that run, or output_dir=... for another folder",
+            )
 
     @property
     def recipe_file(self) -> Path:

@@ -22,9 +22,10 @@ def capture_and_retention(episodes: Sequence[Episode]) -> tuple[float | None, fl
     """
     captured = facts = kept = chances = 0
     for episode in episodes:
-        writes = [turn for turn in episode.turns if turn.chunk is not None]
-        if [turn.chunk for turn in writes] != list(range(len(episode.task.stream))):
+        last = {turn.chunk: turn for turn in episode.turns if turn.chunk is not None}  # the last turn on each chunk
+        if sorted(last) != list(range(len(episode.task.stream))):
             continue
+        writes = [last[chunk] for chunk in sorted(last)]
         for evidence in (e for probe in episode.task.probes for e in probe.evidence):
             held = [contains(turn.memory_after, [evidence.text]) for turn in writes]
             facts += 1

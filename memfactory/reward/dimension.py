@@ -41,6 +41,8 @@ class RewardDimension:
             score = Score(None, "the function returned None")
         else:
             try:
+                if isinstance(result, str):
+                    raise TypeError("text is not a number")
                 score = Score(float(result))
             except (TypeError, ValueError) as error:
                 raise RewardError(where, f"returned {result!r}", "return a finite number, a Score or None") from error

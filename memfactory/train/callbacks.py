@@ -86,21 +86,23 @@ class RunLog(TrainerCallback):
             logs.get(f"time/{part}") or 0.0 for part in ("generate", "reward", "train", "optimizer", "other")
         )
         self.progress.console.print(
-            f"step {state.global_step:>4}/{state.max_steps}  reward {logs.get('reward') or math.nan:.3f} "
+            f"step {state.global_step:>4}/{state.max_steps}  reward {_shown(logs.get('reward'))} "
             f"± {logs.get('reward_std') or 0.0:.2f}  {verdict(logs)}  {seconds:.1f} s",
             highlight=False,
+            soft_wrap=True,
         )
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
         if metrics and state.is_world_process_zero:
-            self.progress.console.print(f"step {state.global_step:>4}  held out: {describe(metrics, 'eval_')}")
+            line = f"step {state.global_step:>4}  held out: {describe(metrics, 'eval_')}"
+            self.progress.console.print(line, highlight=False, soft_wrap=True)
 
 
 def describe(metrics: dict[str, float], prefix: str = "") -> str:
     """Sampled accuracy first, greedy beside it."""
-    parts = [f"exact match {metrics[f'{prefix}sampled_em']:.3f} sampled"]
+    parts = [f"accuracy {metrics[f'{prefix}sampled_em']:.3f} sampled"]
     if f"{prefix}greedy_em" in metrics:
         parts.append(f"{metrics[f'{prefix}greedy_em']:.3f} greedy")
     if f"{prefix}sampled_retain" in metrics:
@@ -139,6 +141,10 @@ class StopOnInterrupt(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def _shown(value: float | None) -> str:
+    return "not measured" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
 def _number(value: Any) -> float | None:

@@ -52,6 +52,15 @@ _REFUSED: dict[str, tuple[Any, str]] = {
 }
 
 
+# What people type who come from other trainers.
+_ALIASES = {
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "kl_coef": "beta",
+    "steps": "max_steps",
+}
+
+
 @functools.cache
 def known_keys() -> dict[str, Any]:
     """Name and type of every `GRPOConfig` field that a recipe may set."""
@@ -69,7 +78,8 @@ def check_train(section: dict[str, Any]) -> list[MemFactoryError]:
         if key in _OWNED:
             errors.append(RecipeError(f"train.{key}: is not set here", "", f"use {_OWNED[key]}"))
         elif key not in known:
-            errors.append(RecipeError(f"train.{key}: unknown key of TRL's GRPOConfig", "", nearest(key, list(known))))
+            fix = nearest(_ALIASES.get(key, key), list(known))
+            errors.append(RecipeError(f"train.{key}: unknown key of TRL's GRPOConfig", "", fix))
         elif key in _REFUSED and value != _REFUSED[key][0]:
             errors.append(RecipeError(f"train.{key}: {value!r} is not supported", "", _REFUSED[key][1]))
         else:

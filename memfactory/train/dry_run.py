@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from memfactory.agents import MemAgent
 from memfactory.environments import build_environment
 from memfactory.environments.base import Split
 from memfactory.episode import Episode
@@ -31,7 +32,7 @@ from memfactory.recipe import Recipe, TinyModel
 from memfactory.reward.aggregate import WeightedDimension
 from memfactory.reward.dimension import RewardDimension
 from memfactory.train.config import build_config
-from memfactory.train.prepare import Prepared
+from memfactory.train.prepare import Prepared, turn_limits
 from memfactory.train.trainer import EpisodeGRPOTrainer, Parts
 
 _SHORT = 16
@@ -81,7 +82,7 @@ def _arithmetic(prepared: Prepared, config: Any) -> Table:
     table.add_row("episodes per generation batch", f"{episodes}")
     tasks, limit = prepared.train_tasks[:256], getattr(prepared.agent, "max_chunks", None)
     rows: str | None = None
-    if tasks and getattr(prepared.agent, "chunk_tokens", None) is None:
+    if tasks and isinstance(prepared.agent, MemAgent) and prepared.agent.chunk_tokens is None:
         mean = sum(len(task.stream) + len(task.probes) for task in tasks) / len(tasks)
         rows, product = f"{mean:.1f}", f"{episodes * mean:.0f}"
     elif limit is not None:  # how many chunks a document gives is up to the real tokenizer
@@ -158,9 +159,10 @@ def _shortened(agent: Any) -> Any:
     """The same agent with short turns over the first chunks of a document, where it has such limits."""
     if not dataclasses.is_dataclass(agent) or isinstance(agent, type):
         return agent
-    limits: dict[str, Any] = {"max_memory_tokens": _SHORT, "max_answer_tokens": _SHORT, "max_chunks": 2}
     names = {field.name for field in dataclasses.fields(agent)}
-    values = {name: value for name, value in limits.items() if name in names}
+    values: dict[str, Any] = dict.fromkeys(turn_limits(agent), _SHORT)
+    if "max_chunks" in names:
+        values["max_chunks"] = 2
     if "on_overflow" in names:
         values["on_overflow"] = "truncate_end"
     return dataclasses.replace(agent, **values)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,8 +60,7 @@ class Prepared:
     @property
     def max_turn_tokens(self) -> int:
         """Longest turn the agent allows: TRL's `max_completion_length`."""
-        limits = [getattr(self.agent, name, 0) for name in ("max_memory_tokens", "max_answer_tokens")]
-        return max(limits) or 1024
+        return max(turn_limits(self.agent).values(), default=1024)
 
 
 def prepare(path: Path, overrides: Sequence[str] = (), splits: Collection[Split] = tuple(Split)) -> Prepared:
@@ -116,6 +117,13 @@ def prepare(path: Path, overrides: Sequence[str] = (), splits: Collection[Split]
     train_tasks, eval_tasks = tasks.get(Split.TRAIN, []), tasks.get(Split.TEST, [])
     check_disjoint(train_tasks, eval_tasks)
     return Prepared(recipe, agent, environment, train_tasks, eval_tasks, dimensions)
+
+
+def turn_limits(agent: object) -> dict[str, int]:
+    """The agent's limits on the length of a turn, in tokens: its fields called ``max_..._tokens``."""
+    names = [field.name for field in dataclasses.fields(agent)] if dataclasses.is_dataclass(agent) else list[str]()
+    values = {name: getattr(agent, name) for name in names if re.fullmatch(r"max_\w+_tokens", name)}
+    return {name: value for name, value in values.items() if isinstance(value, int)}
 
 
 def check_documents(agent: Agent, tasks: Sequence[Task], policy: Policy) -> None:

@@ -19,6 +19,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from memfactory.errors import EngineError
 from memfactory.evaluate.report import write_report
 from memfactory.evaluate.run import evaluate_agent
 from memfactory.policy.models import eos_ids, load_checkpoint, load_model, load_tokenizer, lora_config
@@ -77,6 +78,18 @@ def train(prepared: Prepared, *, resume: bool = False, console: Console | None =
     ranks = PartialState()
     if not ranks.is_main_process:
         console = Console(quiet=True)
+    earlier = RunFolder(recipe.run_dir)
+    if not resume and ranks.is_main_process:
+        earlier.refuse_if_taken()  # before a model is loaded
+    if (
+        resume
+        and (done := earlier.read_summary()).get("stopped") == "finished"
+        and done["recipe_hash"] == recipe.hash()
+    ):
+        console.print(f"already finished; report: {earlier.path / 'report.html'}", soft_wrap=True)
+        return done
+    transformers.set_seed(recipe.seed)
+    tokenizer = load_tokenizer(recipe.model, prepared.vocabulary)
     with ranks.main_process_first():  # one process makes the folder, the others find it
         run = (
             RunFolder.open(recipe.run_dir, recipe, resume=resume)
@@ -85,10 +98,7 @@ def train(prepared: Prepared, *, resume: bool = False, console: Console | None =
         )
     checkpoint = run.latest_checkpoint() if resume else None
     if checkpoint is not None:
-        console.print(f"resuming from {checkpoint}")
-
-    transformers.set_seed(recipe.seed)
-    tokenizer = load_tokenizer(recipe.model, prepared.vocabulary)
+        console.print(f"resuming from {checkpoint}", soft_wrap=True)
     initial = run.path / "initial"
     with ranks.main_process_first():  # one process warms up, the others load what it saved
         model = _initial_model(
@@ -258,6 +268,20 @@ def _peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def _adapter_base(prepared: Prepared, checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model an adapter was trained on: the run's warmed-up one, or the recipe's own."""
+    for folder in (checkpoint.parent, checkpoint.parent.parent):  # RUN/model, RUN/checkpoints/checkpoint-N
+        if (folder / "initial" / "config.json").is_file():
+            return load_checkpoint(folder / "initial", prepared.recipe.model)
+    if prepared.recipe.warmup is not None:
+        raise EngineError(
+            f"{checkpoint}: its base model is missing",
+            "this adapter was trained on a warmed-up model, which lies in `initial` in its run folder",
+            "name the checkpoint inside its run folder",
+        )
+    return load_model(prepared.recipe.model, tokenizer, prepared.recipe.seed)
+
+
 def load_policy(prepared: Prepared, checkpoint: Path | None) -> TransformersPolicy:
     """A policy for evaluation: the model saved at `checkpoint`, or the recipe's own starting point.
 
@@ -270,7 +294,7 @@ def load_policy(prepared: Prepared, checkpoint: Path | None) -> TransformersPoli
     if checkpoint is None:
         model = load_model(recipe.model, tokenizer, recipe.seed)
     elif (checkpoint / "adapter_config.json").is_file():
-        model = load_checkpoint(checkpoint, recipe.model, load_model(recipe.model, tokenizer, recipe.seed))
+        model = load_checkpoint(checkpoint, recipe.model, _adapter_base(prepared, checkpoint, tokenizer))
     else:
         model = load_checkpoint(checkpoint, recipe.model)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

@@ -133,6 +133,8 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         )
         self._buffer: list[list[MicroBatch]] = []
         """Micro-batches of each training step of the current generation batch."""
+        self._passes = 1
+        """Micro-batches of the training step that is going on."""
         self._seconds = {"generate": 0.0, "reward": 0.0, "forward": 0.0, "backward": 0.0, "optimizer": 0.0}
         self._window_start: float | None = None
         self._computed_tokens = [0, 0]  # real, computed
@@ -153,6 +155,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         if self._step % (steps * self.num_iterations) == 0 or not self._buffer:
             self._buffer = self._roll_out(model, inputs)
         micro_batches = self._buffer[self._step % steps]
+        self._passes = max(len(micro_batches), 1)
         total = torch.zeros((), device=self.args.device)
         sync = self.accelerator.sync_gradients
         for number, micro in enumerate(micro_batches):
@@ -190,12 +193,13 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         start = time.perf_counter()
         if self.beta != 0.0 and "ref_per_token_logps" not in inputs:
             inputs["ref_per_token_logps"] = self._reference_logps(inputs)
-        asked = self.loss_type
+        asked, coefficient = self.loss_type, self.router_aux_loss_coef
         self.loss_type = "dapo" if asked in _AS_DAPO else asked
+        self.router_aux_loss_coef = coefficient / self._passes  # TRL adds it in every pass; a step wants it once
         try:
             return super()._compute_loss(model, inputs)
         finally:
-            self.loss_type = asked
+            self.loss_type, self.router_aux_loss_coef = asked, coefficient
             self._seconds["forward"] += time.perf_counter() - start
 
     @torch.no_grad()
@@ -344,7 +348,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
                 micro["num_items_in_batch"] = torch.tensor(total * scale, device=self.args.device)
                 micro_batches.append(micro)
             buffer.append(micro_batches)
-        self.totals["trained_tokens"] += sum(row.trained_tokens for row in rows)
+        self.totals["trained_tokens"] += int(self._reduce_sum(sum(row.trained_tokens for row in rows)))
         self._metrics["train"]["rows/count"].append(self._reduce_sum(len(all_rows)))
         self._metrics["train"]["rows/trained"].append(self._reduce_sum(len(rows)))
         self._metrics["train"]["tokens/trained"].append(self._reduce_sum(sum(row.trained_tokens for row in rows)))
@@ -398,8 +402,8 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         for state in (GroupState.SOLVED, GroupState.FAILED, GroupState.TIED, GroupState.UNMEASURED):
             metrics[f"groups/{state}_share"].append(advantages.share(state))
         metrics["frac_reward_zero_std"].append(advantages.dead_share)
-        self.totals["episodes"] += len(episodes)
-        self.totals["generated_tokens"] += generated
+        self.totals["episodes"] += int(self._reduce_sum(len(episodes)))
+        self.totals["generated_tokens"] += int(self._reduce_sum(generated))
         run = self.parts.run
         step = self.state.global_step + 1  # the update these episodes are for
         if run is not None and self.accelerator.is_main_process and step % max(int(self.args.logging_steps), 1) == 0:

@@ -41,7 +41,13 @@ class _TeacherPolicy:
         self.script = script
 
     async def generate(self, messages: list[Message], *, module: str, max_tokens: int) -> Turn:
-        text = next(self.script)
+        text = next(self.script, None)
+        if text is None:
+            raise RecipeError(
+                "warmup: the environment's teacher does not fit the agent",
+                f"it wrote nothing for the turn of module '{module}'",
+                "a teacher yields one text for every turn the agent takes, in their order",
+            )
         prompt_ids = cast(
             list[int], self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         )
