@@ -18,7 +18,7 @@ from memfactory.reward.aggregate import score_episodes
 from memfactory.reward.credit import assign_credit, group_advantages
 from memfactory.train.prepare import prepare
 from memfactory.train.rows import build_rows, cut, loss_weights
-from memfactory.train.run import load_policy
+from memfactory.train.start import load_policy
 
 GROUP = 2  # episodes of one task
 BUDGET = 160  # positions in one micro-batch: small, so that there are several

@@ -1,0 +1,1 @@
+"""The `memfactory` command: one module per verb."""

@@ -29,7 +29,7 @@ def evaluate(
     from memfactory.evaluate.run import evaluate_agent
     from memfactory.train.callbacks import progress_bar
     from memfactory.train.prepare import check_documents, prepare
-    from memfactory.train.run import load_policy
+    from memfactory.train.start import load_policy
 
     console = Console()
     prepared = prepare(find_recipe(recipe), overrides or [], splits=(Split.TEST,))

@@ -1,0 +1,1 @@
+"""Evaluation: the same agent on held-out tasks, and the report of a run."""

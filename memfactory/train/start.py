@@ -1,0 +1,104 @@
+"""Where a run starts from: the recipe's model, warmed up, or what an earlier run saved."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from memfactory.errors import EngineError
+from memfactory.policy.models import eos_ids, load_checkpoint, load_model, load_tokenizer
+from memfactory.policy.transformers_backend import TransformersPolicy
+from memfactory.runs import RunFolder
+from memfactory.train.callbacks import progress_bar
+from memfactory.train.prepare import Prepared
+from memfactory.train.warmup import warm_up
+
+
+def starting_model(
+    prepared: Prepared,
+    run: RunFolder,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    saved: bool,
+    console: Console,
+) -> PreTrainedModel:
+    """The policy before GRPO: as loaded, or warmed up; from the run folder where it is `saved` there."""
+    recipe, initial = prepared.recipe, run.path / "initial"
+    if saved and initial.is_dir():
+        return load_checkpoint(initial, recipe.model)
+    model = load_model(recipe.model, tokenizer, recipe.seed)
+    device: Any = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if recipe.warmup is not None:
+        if device is not None:
+            cast(torch.nn.Module, model).to(device)
+        with progress_bar(console) as progress:
+            bar = progress.add_task("warm up", total=recipe.warmup.steps)
+
+            def on_step(step: int, loss: float) -> None:
+                progress.update(bar, completed=step)
+                if step % 25 == 0 or step == 1:
+                    run.log_metrics(step, {"loss": loss}, phase="warmup")
+
+            warm_up(
+                model,
+                tokenizer,
+                prepared.agent,
+                prepared.environment,
+                prepared.train_tasks,
+                recipe.warmup,
+                recipe.seed,
+                on_step,
+            )
+        save_whole(model, tokenizer, initial)
+    return model
+
+
+def save_whole(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save whole or not at all: a killed run must not leave half a starting point."""
+    temporary = folder.with_name(folder.name + ".part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    temporary.rename(folder)
+
+
+def _adapter_base(prepared: Prepared, checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model an adapter was trained on: the run's warmed-up one, or the recipe's own."""
+    for folder in (checkpoint.parent, checkpoint.parent.parent):  # RUN/model, RUN/checkpoints/checkpoint-N
+        if (folder / "initial" / "config.json").is_file():
+            return load_checkpoint(folder / "initial", prepared.recipe.model)
+    if prepared.recipe.warmup is not None:
+        raise EngineError(
+            f"{checkpoint}: its base model is missing",
+            "this adapter was trained on a warmed-up model, which lies in `initial` in its run folder",
+            "name the checkpoint inside its run folder",
+        )
+    return load_model(prepared.recipe.model, tokenizer, prepared.recipe.seed)
+
+
+def load_policy(prepared: Prepared, checkpoint: Path | None) -> TransformersPolicy:
+    """A policy for evaluation: the model saved at `checkpoint`, or the recipe's own starting point.
+
+    Raises:
+        EngineError: there is no checkpoint at that path.
+    """
+    recipe = prepared.recipe
+    tokenizer = load_tokenizer(recipe.model, prepared.vocabulary)
+    model: Any
+    if checkpoint is None:
+        model = load_model(recipe.model, tokenizer, recipe.seed)
+    elif (checkpoint / "adapter_config.json").is_file():
+        model = load_checkpoint(checkpoint, recipe.model, _adapter_base(prepared, checkpoint, tokenizer))
+    else:
+        model = load_checkpoint(checkpoint, recipe.model)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    model.to(device or torch.device("cpu")).eval()
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return TransformersPolicy(
+        model, tokenizer, eos_ids=eos_ids(base, tokenizer), token_budget=recipe.rollout.generate_token_budget
+    )
