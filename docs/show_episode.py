@@ -31,16 +31,18 @@ def main() -> None:
     asked = arguments.parse_intermixed_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    prepared = prepare(find_recipe("memagent/quickstart"), ["environment.train_tasks=64", *asked.overrides])
+    prepared = prepare(find_recipe("memagent/quickstart"), ["environment.train_tasks=512", *asked.overrides])
     policy = load_policy(prepared, asked.checkpoint)
 
-    # The first task on which the two members differ: the others would teach nothing.
+    # The first task on which the two members differ in reward (the others would teach nothing) and, from the
+    # second chunk on, in what they remember (so that the prompts show what a group shares and what it does not).
     for task in prepared.train_tasks:
         episodes = run_episodes(prepared.agent, [task] * GROUP, policy)
         score_episodes(episodes, prepared.dimensions)
         rewards, groups = [e.reward for e in episodes], [e.group for e in episodes]
         credit = group_advantages(rewards, groups, prepared.recipe.train["scale_rewards"])
-        if credit.dead_share == 0:
+        first, second = ([turn.memory_after for turn in episode.turns] for episode in episodes)
+        if credit.dead_share == 0 and first[0] == second[0] != "none" and first[1] != second[1]:
             break
     assign_credit(episodes, credit.values, prepared.recipe.credit.assigner)
 
