@@ -446,12 +446,16 @@ class EpisodeGRPOTrainer(GRPOTrainer):
     # ---- checkpoints -------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
         state: dict[str, Any] = {"step": self._step, "buffer": []}
         if self._step % (self.args.steps_per_generation * self.num_iterations) != 0:
             state["buffer"] = self._buffer  # updates are still to be made on these episodes
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
         torch.save(state, folder / f"{self.accelerator.process_index}_{_BUFFER_FILE}")
+        self.accelerator.wait_for_everyone()
+        # The trainer writes `trainer_state.json` last, and that file is what makes a checkpoint complete: whatever
+        # belongs to it must be there before, or a run killed in between could not be resumed.
+        super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
