@@ -69,6 +69,9 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, updates_per_bat
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(start(whole, *options))
     assert len(trained_tasks(whole)) == 6 // updates_per_batch
+    for state in (whole / "checkpoints").glob("checkpoint-*/trainer_state.json"):
+        # this file makes a checkpoint complete, so the rollout buffer must have been there before it
+        assert (state.parent / "0_rollout_buffer.pt").stat().st_mtime_ns <= state.stat().st_mtime_ns
 
     process = start(killed, *options)
     deadline = time.monotonic() + 200
