@@ -11,8 +11,9 @@ from workload import ScriptedAgent, Spec, Workload
 
 from memfactory.episode import Episode
 from memfactory.recipe import RolloutSection
-from memfactory.reward.aggregate import WeightedDimension
+from memfactory.reward.catalogue import WeightedDimension
 from memfactory.reward.dimension import RewardDimension
+from memfactory.reward.system import RewardSystem
 from memfactory.train.config import build_config
 from memfactory.train.trainer import EpisodeGRPOTrainer, Parts
 
@@ -28,8 +29,8 @@ def run(spec: Spec, *, bf16: bool = False) -> Result:
     model, tokenizer = load(spec)
     workload = Workload(spec, tokenizer)
 
-    def fixed(episode: Episode) -> float:
-        return workload.reward(int(episode.id.rpartition("/")[2]) % spec.group)
+    def fixed(episodes: list[Episode]) -> list[float]:
+        return [workload.reward(number % spec.group) for number in range(len(episodes))]
 
     with tempfile.TemporaryDirectory() as folder:
         config = build_config(
@@ -54,7 +55,7 @@ def run(spec: Spec, *, bf16: bool = False) -> Result:
                 agent=ScriptedAgent(workload),
                 train_tasks=workload.tasks,
                 eval_tasks=workload.tasks[:1],
-                dimensions=[WeightedDimension("fixed", RewardDimension("fixed", fixed))],
+                rewards=RewardSystem([WeightedDimension("fixed", RewardDimension("fixed", fixed, batched=True))]),
                 rollout=RolloutSection(train_token_budget=spec.budget),
             ),
             model,

@@ -14,8 +14,6 @@ import transformers
 
 from memfactory.agents.running import run_episodes
 from memfactory.cli.recipes import find_recipe
-from memfactory.reward.aggregate import score_episodes
-from memfactory.reward.credit import assign_credit, group_advantages
 from memfactory.train.prepare import prepare
 from memfactory.train.rows import build_rows, cut, loss_weights
 from memfactory.train.start import load_policy
@@ -38,13 +36,11 @@ def main() -> None:
     # second chunk on, in what they remember (so that the prompts show what a group shares and what it does not).
     for task in prepared.train_tasks:
         episodes = run_episodes(prepared.agent, [task] * GROUP, policy)
-        score_episodes(episodes, prepared.dimensions)
-        rewards, groups = [e.reward for e in episodes], [e.group for e in episodes]
-        credit = group_advantages(rewards, groups, prepared.recipe.train["scale_rewards"])
+        prepared.rewards.score(episodes)
+        credit = prepared.rewards.assess(episodes, scale_rewards=prepared.recipe.train["scale_rewards"]).advantages
         first, second = ([turn.memory_after for turn in episode.turns] for episode in episodes)
         if credit.dead_share == 0 and first[0] == second[0] != "none" and first[1] != second[1]:
             break
-    assign_credit(episodes, credit.values, prepared.recipe.credit.assigner)
 
     print(f"TASK {task.id}")
     for index, chunk in enumerate(task.stream):

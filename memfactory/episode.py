@@ -78,6 +78,26 @@ class Score:
             raise ValueError(f"a Score must be finite, got {self.value}; return None with a reason instead")
 
 
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One change of the memory that a module asked for, e.g. ADD or UPDATE."""
+
+    verb: str
+    target: str = ""
+    """Id of the entry it changes; empty where it makes a new one."""
+    text: str = ""
+    error: str = ""
+    """Why it could not be carried out; empty when it was."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieved:
+    """One entry that a turn was shown from memory."""
+
+    id: str
+    text: str
+
+
 @dataclass(slots=True)
 class Turn:
     """One decision of the policy: exactly what it saw, exactly what it sampled."""
@@ -106,6 +126,14 @@ class Turn:
     memory_after: str = ""
     error: str = ""
     """Why the module could not use the text; empty when it could."""
+    operations: list[Operation] = field(default_factory=list)
+    """What the text asked the memory to do, for modules that edit entries."""
+    retrieved: list[Retrieved] = field(default_factory=list)
+    """Entries the prompt showed, best first."""
+    cited: list[str] = field(default_factory=list)
+    """Ids of the entries that the text says it used."""
+    scores: dict[str, Score] = field(default_factory=dict)
+    """Scores of the dimensions with scope turn or module that speak about this turn."""
     advantage: float = 0.0
     """Credit of this turn, set by the credit assigner before rows exist."""
 
@@ -135,6 +163,7 @@ class Episode:
     group: str = ""
     """Episodes of one group answer the same task and are compared with each other."""
     scores: dict[str, Score] = field(default_factory=dict)
+    """Every dimension by name; for one that scores turns, the mean over the turns it speaks about."""
     reward: float | None = None
     """Aggregated reward; None when it could not be measured, and then it is in no baseline."""
     advantage: float = 0.0

@@ -61,6 +61,12 @@ class RewardError(MemFactoryError):
     fault = "reward"
 
 
+class JudgeError(MemFactoryError):
+    """A judge did not answer in time, or not in a form that can be read. The score is then None, never 0."""
+
+    fault = "judge"
+
+
 class ModelOutputError(MemFactoryError):
     """The model wrote something its module cannot use. It costs reward; it never ends a run."""
 

@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +18,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from memfactory.errors import MemFactoryError, RecipeError, RecipeErrors
 from memfactory.recipe import nearest
+
+USER_MODULE = "memfactory_user_"
+"""Modules loaded by path get names that begin so."""
 
 
 def shipped(folder: str) -> Path:
@@ -39,7 +42,7 @@ def load_file(path: Path) -> ModuleType:
     """
     if not path.is_file():
         raise RecipeError(f"{path}: no such file")
-    name = f"memfactory_user_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}_{path.stem}"
+    name = f"{USER_MODULE}{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -102,8 +105,33 @@ def construct(build: Callable[..., Any], options: dict[str, Any], where: str) ->
     Raises:
         RecipeErrors: options are unknown (with the nearest one), missing or of the wrong type; all together.
     """
-    parameters = inspect.signature(build).parameters
-    named = [key for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    checked = check_options(build, options, where)
+    return build(**checked)
+
+
+def check_options(
+    build: Callable[..., Any],
+    options: dict[str, Any],
+    where: str,
+    *,
+    keyword_only: bool = False,
+    supplied: Collection[str] = (),
+) -> dict[str, Any]:
+    """`options` as keyword arguments of `build`, converted to the types it declares.
+
+    Args:
+        build: what will be called with them.
+        options: values as YAML gives them.
+        where: the section, for messages.
+        keyword_only: take only parameters behind a `*` as options; the others are not the recipe's.
+        supplied: parameters that the framework fills in.
+
+    Raises:
+        RecipeErrors: options are unknown (with the nearest one), missing or of the wrong type; all together.
+    """
+    parameters = {key: p for key, p in inspect.signature(build).parameters.items() if key not in supplied}
+    kinds = [inspect.Parameter.KEYWORD_ONLY] + [inspect.Parameter.POSITIONAL_OR_KEYWORD] * (not keyword_only)
+    named = [key for key, p in parameters.items() if p.kind in kinds]
     open_ended = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
     try:
         types = typing.get_type_hints(build.__init__ if isinstance(build, type) else build)  # type: ignore[misc]
@@ -124,7 +152,7 @@ def construct(build: Callable[..., Any], options: dict[str, Any], where: str) ->
             errors.append(RecipeError(f"{where}.{key}: missing", "", f"add `{key}:`"))
     if errors:
         raise RecipeErrors(where, errors)
-    return build(**checked)
+    return checked
 
 
 def reasons(error: ValidationError) -> str:

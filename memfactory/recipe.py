@@ -100,22 +100,90 @@ class EnvironmentSection(BaseModel):
 
 
 class RewardSection(_Section):
-    """One reward dimension and its weight in the sum."""
+    """One reward dimension. What is left out is as the function declares it."""
 
     name: str
     """`file.function` in `rewards/` (yours first, then the shipped ones), `pkg.module:function` or
-    `path/file.py:function`."""
+    `path/file.py:function`; also a plain TRL reward function."""
     weight: float = 1.0
-    """Share in the weighted sum. 0 measures and logs without rewarding."""
+    """Share among the objectives; factor of a bonus or potential. 0 measures and logs without rewarding."""
+    label: str | None = None
+    """Name in logs and reports, where one function stands there twice. Absent: `name`."""
+    role: Literal["gate", "objective", "shaping", "bonus"] | None = None
+    """`gate` must hold, `objective` is traded by weight, `shaping` is a potential (turn scope), `bonus` is added."""
+    missing: Literal["exclude", "drop", "group_mean"] | None = None
+    """Of a score that is None. `exclude`: the episode gets no reward. `drop`: the other objectives' weights
+    are renormalised. `group_mean`: the mean of the group stands in. A gate always fails closed."""
+    threshold: float = Field(default=0.5, ge=0, le=1)
+    """Where a gate's score, scaled to [0, 1], starts to pass."""
+    low: float | None = None
+    """Smallest value; a plain TRL function declares no range."""
+    high: float | None = None
+    transform: str | dict[str, Any] | None = None
+    """Applied to the score before aggregation: `unit` (range to [0, 1]), `clip`, or `{name: ..., option: ...}`."""
+    stage: str | None = None
+    """Stage in a stage-wise product. Absent: a stage of its own."""
+    deadline: float | None = Field(default=None, ge=0)
+    """Seconds one call may take. 0: no limit, called in the main thread. Absent: as declared (60)."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the function."""
+
+
+class AggregateSection(BaseModel):
+    """How dimensions become one reward; further keys are the aggregator's own options."""
+
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True, frozen=True)
+
+    name: str = "gated"
+    """`gated`, `weighted_sum`, `normalize_then_sum`, `min_max_mean`, `stagewise_product`, or `pkg.module:Class`."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.__pydantic_extra__ or {})
 
 
 class CreditSection(_Section):
-    """How the advantage of an episode reaches its turns."""
+    """From rewards to the advantage of every turn."""
 
-    assigner: Literal["broadcast", "last_turn"] = "broadcast"
-    """`broadcast` copies it to every turn (MemAgent). `last_turn` trains the answer alone: a control."""
+    assigner: str = "broadcast"
+    """`broadcast` copies an episode's advantage to each of its turns (MemAgent). `last_turn` trains the answer
+    alone: a control. Or `pkg.module:Class`."""
+    advantage: Literal["standardized", "centered", "rloo", "batch", "none"] | None = None
+    """Against what a reward is compared. Absent: as `train.scale_rewards` says (group: standardized, none:
+    centered, batch: batch)."""
+    std_floor: float = Field(default=0.0, ge=0)
+    """Smallest standard deviation that is divided by, in units of reward: smaller differences stay small."""
+    outcome_share: float = Field(default=0.8, ge=0, le=1)
+    """Alpha in A = alpha A_episode + (1 - alpha) A_turn, where dimensions of turns are rewarded; else unused."""
+    gamma: float = Field(default=1.0, gt=0, le=1)
+    """Discount per turn of potential-based shaping."""
+    lam: float = Field(default=1.0, ge=0, le=1)
+    """Lambda of potential-based shaping: 1 is unbiased whatever the potential, less trades bias for variance."""
     shuffle_rewards: bool = False
     """Control experiment: permute rewards inside each group, so that they carry no information."""
+
+
+class JudgeSection(_Section):
+    """The model that grades what no rule can. Absent `base_url`: rubrics fall back to their rules."""
+
+    base_url: str | None = None
+    """An OpenAI-compatible endpoint, e.g. `http://localhost:8000/v1` (vLLM)."""
+    model: str = ""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key; not needed for a local server."""
+    temperature: float = 0.0
+    max_tokens: int = 512
+    concurrency: int = Field(default=64, ge=1)
+    """Most requests under way at once."""
+    requests_per_minute: float | None = Field(default=None, gt=0)
+    tokens_per_minute: float | None = Field(default=None, gt=0)
+    deadline: float = Field(default=60.0, gt=0)
+    """Seconds for one verdict, retries included, waiting for a free place not."""
+    attempts: int = Field(default=4, ge=1)
+    cache: str | None = ".memfactory/judge.sqlite"
+    """File that keeps verdicts, shared by processes. `null`: none are kept."""
+    price_per_million: tuple[float, float] = (0.0, 0.0)
+    """Price of a million prompt and completion tokens, for the cost metric."""
 
 
 class WarmupSection(_Section):
@@ -140,7 +208,8 @@ class RolloutSection(_Section):
     train_token_budget: int = Field(default=16384, ge=1)
     """Most token positions (rows x longest row) in one forward and backward pass."""
     max_failed_share: float = Field(default=0.25, ge=0, le=1)
-    """Share of a batch's episodes that may be unscorable before the run stops. They never count as zero."""
+    """Share of a batch's episodes that may be unscorable, or on which one reward function may fail, before the run
+    stops. They never count as zero."""
     log_episodes: int = Field(default=16, ge=0)
     """Training episodes written to `episodes.jsonl` at every log step."""
 
@@ -169,7 +238,9 @@ class Recipe(_Section):
     agent: AgentSection = AgentSection()
     environment: EnvironmentSection
     rewards: list[RewardSection] = Field(min_length=1)
+    aggregate: AggregateSection = AggregateSection()
     credit: CreditSection = CreditSection()
+    judge: JudgeSection = JudgeSection()
     warmup: WarmupSection | None = None
     """Absent: no warm-up."""
     rollout: RolloutSection = RolloutSection()

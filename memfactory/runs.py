@@ -1,8 +1,9 @@
 """The run folder: everything that stays of a run, in files that any tool can read.
 
-``recipe.yaml`` says what was asked for, ``metrics.jsonl`` what was measured, ``episodes.jsonl`` what the
-agent saw and wrote, ``summary.json`` what came out, ``checkpoints/`` what training goes on from. The
-fields are documented in ``docs/run-folder.md``. Only the main process of a run writes here.
+``recipe.yaml`` says what was asked for, ``metrics.jsonl`` what was measured, ``rewards.jsonl`` what each reward
+dimension did, ``episodes.jsonl`` what the agent saw and wrote, ``summary.json`` what came out, ``checkpoints/``
+what training goes on from. The fields are documented in ``docs/run-folder.md``. Only the main process of a run
+writes here.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, Literal
 
 import yaml
 
-from memfactory.episode import Answer, Episode, Evidence, Probe, Score, StopReason, Task, Turn
+from memfactory.episode import Answer, Episode, Evidence, Operation, Probe, Retrieved, Score, StopReason, Task, Turn
 from memfactory.errors import DataError, RecipeError, boundary
 from memfactory.recipe import Recipe
 
@@ -94,6 +95,10 @@ class RunFolder:
         return self.path / "episodes.jsonl"
 
     @property
+    def rewards_file(self) -> Path:
+        return self.path / "rewards.jsonl"
+
+    @property
     def summary_file(self) -> Path:
         return self.path / "summary.json"
 
@@ -124,6 +129,14 @@ class RunFolder:
         """
         head = {"schema": SCHEMA_VERSION, "step": step, "split": split}
         _append(self.episodes_file, ({**head, **episode_record(episode, tokens=tokens)} for episode in episodes))
+
+    def log_rewards(self, step: int, record: Mapping[str, Any]) -> None:
+        """Append one line to ``rewards.jsonl``: what each dimension did in the batch of `step`, and why it failed."""
+        _append(self.rewards_file, [_plain({"schema": SCHEMA_VERSION, "step": step, **record})])
+
+    def read_rewards(self) -> list[Record]:
+        """All lines of ``rewards.jsonl``, in the order written."""
+        return list(_read(self.rewards_file))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Replace ``summary.json`` in one go: a reader finds the old or the new one, never a part."""
@@ -173,7 +186,7 @@ class RunFolder:
         def kept(record: Record) -> bool:
             return step >= 0 and (record.get("phase") == "warmup" or record["step"] <= step)
 
-        for file in (self.metrics_file, self.episodes_file):
+        for file in (self.metrics_file, self.episodes_file, self.rewards_file):
             if file.exists():
                 _filter(file, kept)
 
@@ -218,10 +231,18 @@ def episode_record(episode: Episode, *, tokens: bool = True) -> Record:
             {"probe": asdict(answer.probe), "text": answer.text, "raw": answer.raw} for answer in episode.answers
         ],
         "memory": episode.memory,
-        "scores": {name: {"value": score.value, "reason": score.reason} for name, score in episode.scores.items()},
+        "scores": _scores_record(episode.scores),
         "reward": _finite(episode.reward),
         "advantage": _finite(episode.advantage),
     }
+
+
+def _scores_record(scores: Mapping[str, Score]) -> Record:
+    return {name: {"value": score.value, "reason": score.reason} for name, score in scores.items()}
+
+
+def _scores(data: Record) -> dict[str, Score]:
+    return {name: Score(score["value"], score["reason"]) for name, score in data.items()}
 
 
 def _turn_record(turn: Turn, *, tokens: bool) -> Record:
@@ -236,6 +257,10 @@ def _turn_record(turn: Turn, *, tokens: bool) -> Record:
         "memory_before": turn.memory_before,
         "memory_after": turn.memory_after,
         "error": turn.error,
+        "operations": [asdict(operation) for operation in turn.operations],
+        "retrieved": [asdict(entry) for entry in turn.retrieved],
+        "cited": turn.cited,
+        "scores": _scores_record(turn.scores),
         "advantage": _finite(turn.advantage),
         "policy_version": turn.policy_version,
         "trainable": turn.trainable,
@@ -263,7 +288,7 @@ def episode_from_record(record: Record) -> Episode:
             memory=record["memory"],
             id=record["id"],
             group=record["group"],
-            scores={name: Score(score["value"], score["reason"]) for name, score in record["scores"].items()},
+            scores=_scores(record["scores"]),
             reward=record["reward"],
             advantage=_or_nan(record["advantage"]),
         )
@@ -290,6 +315,10 @@ def _turn(data: Record) -> Turn:
         memory_before=data["memory_before"],
         memory_after=data["memory_after"],
         error=data["error"],
+        operations=[Operation(**operation) for operation in data.get("operations", [])],  # absent in older records
+        retrieved=[Retrieved(**entry) for entry in data.get("retrieved", [])],
+        cited=data.get("cited", []),
+        scores=_scores(data.get("scores", {})),
         advantage=_or_nan(data["advantage"]),
     )
 

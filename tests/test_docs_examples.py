@@ -16,7 +16,7 @@ import pytest
 from memfactory import Episode, ModelOutputError, StopReason, Task, Turn
 from memfactory.environments import Split
 from memfactory.plugins import resolve
-from memfactory.reward.aggregate import load_dimension
+from memfactory.reward.catalogue import load_dimension
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "docs/examples/careful_agent.py"

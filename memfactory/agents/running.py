@@ -12,14 +12,14 @@ from memfactory.policy.base import Policy
 
 
 def run_episodes(
-    agent: Agent, tasks: Sequence[Task], policy: Policy, on_done: Callable[[], None] | None = None
+    agent: Agent, tasks: Sequence[Task], policy: Policy, on_done: Callable[[Episode], None] | None = None
 ) -> list[Episode]:
     """Run `agent` once per entry of `tasks`, all at the same time; results in the order of `tasks`.
 
     The policy decides what is computed together. Tasks may repeat; each run has a store of its own.
 
     Args:
-        on_done: called after each finished episode, e.g. to move a progress bar.
+        on_done: called with each episode as it is finished, e.g. to begin its scoring; it must not block.
 
     Raises:
         MemFactoryError: the first episode that raised; the others are cancelled.
@@ -29,7 +29,7 @@ def run_episodes(
         episode = await agent.run(task, policy)
         episode.group = task.id
         if on_done is not None:
-            on_done()
+            on_done(episode)
         return episode
 
     async def everything() -> list[Episode]:

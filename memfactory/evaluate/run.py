@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
 from memfactory.agents.base import Agent
 from memfactory.agents.running import run_episodes
@@ -15,7 +14,8 @@ from memfactory.episode import Episode, Task
 from memfactory.evaluate.retention import capture_and_retention
 from memfactory.policy.base import Sampling
 from memfactory.policy.transformers_backend import TransformersPolicy
-from memfactory.reward.aggregate import WeightedDimension, score_episodes
+from memfactory.reward.measure import Measuring
+from memfactory.reward.system import RewardSystem
 from memfactory.runs import RunFolder
 
 
@@ -23,9 +23,9 @@ from memfactory.runs import RunFolder
 class EvalOptions:
     """How to evaluate. Field meanings are those of the recipe's `eval:` section."""
 
-    dimensions: Sequence[WeightedDimension] = ()
+    rewards: RewardSystem
     metric: str = "answer.exact_match"
-    """Name of the dimension reported as accuracy; it must be among `dimensions`."""
+    """Name of the dimension reported as accuracy; it must be among the dimensions of `rewards`."""
     samples: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
@@ -75,18 +75,20 @@ def evaluate_agent(
             policy.sampling = sampling
             policy.generator.manual_seed(options.seed)
             runs = [task for task in tasks for _ in range(samples)]
-            on_done: Callable[[], None] | None = None
-            if progress is not None:
-                on_done = partial(progress.advance, progress.add_task(f"evaluate ({kind})", total=len(runs)))
+            bar = progress.add_task(f"evaluate ({kind})", total=len(runs)) if progress is not None else None
             episodes: list[Episode] = []
             for start in range(0, len(runs), options.concurrent):
-                episodes += run_episodes(
-                    agent,
-                    runs[start : start + options.concurrent],
-                    policy,
-                    on_done,
-                )
-            score_episodes(episodes, options.dimensions)
+                measuring = options.rewards.begin()
+
+                def on_done(episode: Episode, measuring: Measuring = measuring, bar: TaskID | None = bar) -> None:
+                    measuring.submit(episode)
+                    if progress is not None and bar is not None:
+                        progress.advance(bar)
+
+                own = run_episodes(agent, runs[start : start + options.concurrent], policy, on_done)
+                measuring.finish(own)
+                episodes += own
+            options.rewards.reward(episodes)
             for number, episode in enumerate(episodes):
                 episode.id = f"{split}/{number}"
             result.episodes[split] = episodes
@@ -101,7 +103,7 @@ def _summarise(kind: str, episodes: Sequence[Episode], options: EvalOptions) -> 
     values = [v for episode in episodes if (v := episode.scores[options.metric].value) is not None]
     metrics = {f"{kind}_em": math.fsum(values) / len(values) if values else float("nan")}
     metrics[f"{kind}_failed"] = float(len(episodes) - len(values))
-    for weighted in options.dimensions:
+    for weighted in options.rewards.dimensions:
         if weighted.name != options.metric:
             own = [v for episode in episodes if (v := episode.scores[weighted.name].value) is not None]
             if own:

@@ -1,128 +1,119 @@
-"""Credit: from rewards of episodes to an advantage per turn, before any row exists.
+"""Credit: from rewards of episodes and turns to one advantage per turn, before any row exists.
 
-Group statistics are over episodes. An episode of four turns counts once, exactly like one of two, so
-splitting work into more turns changes nobody's baseline.
+    A_t = alpha * (what the assigner gives of the episode's advantage) + (1 - alpha) * (the turn's own) + shaping
+
+Everything here works on arrays over the whole batch, all ranks together; :mod:`memfactory.reward.system` fills
+them from episodes and writes the result back.
 """
 
 from __future__ import annotations
 
-import math
-import random
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
+from typing import Any
 
-from memfactory.episode import Episode
+import numpy as np
 
-_EPSILON = 1e-4
-"""Added to the standard deviation, as in TRL 1.16."""
-
-
-class GroupState(StrEnum):
-    """What a group can teach, and if nothing, why."""
-
-    SIGNAL = "signal"
-    SOLVED = "solved"
-    """All episodes reached the best reward seen in the batch."""
-    FAILED = "failed"
-    """All episodes got the worst reward seen in the batch."""
-    TIED = "tied"
-    """All equal, somewhere in between."""
-    UNMEASURED = "unmeasured"
-    """Fewer than two episodes could be scored."""
+from memfactory.errors import RecipeError
+from memfactory.plugins import construct, resolve
+from memfactory.recipe import CreditSection, nearest
+from memfactory.reward.advantage import Estimator, advantages
+from memfactory.reward.shaping import shaped_returns
+from memfactory.reward.table import Bools, Floats, Ints, group_mean
 
 
-@dataclass(slots=True)
-class Advantages:
-    """Result of :func:`group_advantages`."""
+@dataclass(frozen=True)
+class CreditBatch:
+    """N episodes with M turns in all, in order: what a credit assigner sees."""
 
-    values: list[float]
-    """Advantage per episode; 0 where the reward is None or the group has no spread."""
-    groups: dict[str, GroupState]
+    rewards: Floats
+    """(N,) what episodes are compared by; NaN where there is none."""
+    advantages: Floats
+    """(N,)"""
+    divisors: Floats
+    """(N,) what differences of rewards were divided by."""
+    groups: Ints
+    """(N,)"""
+    episode: Ints
+    """(M,) index of each turn's episode."""
+    module: list[str]
+    """(M,)"""
+    slot: Ints
+    """(M,) turns with the same number are the same turn (n-th of a module) of episodes of one group."""
+    last: Bools
+    """(M,) whether a turn is the last of its episode."""
+    turn_rewards: Floats
+    """(M,) aggregated from the dimensions that speak about the turn; NaN where none does or could."""
+    potentials: Floats
+    """(M,) of the state after the turn; NaN where none is known."""
 
-    def share(self, *states: GroupState) -> float:
-        """Share of groups in any of `states`."""
-        return sum(state in states for state in self.groups.values()) / max(len(self.groups), 1)
 
-    @property
-    def dead_share(self) -> float:
-        """Share of groups that carry no signal."""
-        return 1 - self.share(GroupState.SIGNAL)
+Assigner = Callable[[CreditBatch], Floats]
+"""Gives each turn its share of the episode's outcome: (M,) advantages, NaN for a turn that is not trained.
+
+An assigner with state (a running baseline, an archive) has ``state_dict`` and ``load_state_dict``.
+"""
 
 
-def group_advantages(rewards: Sequence[float | None], groups: Sequence[str], scale: str = "group") -> Advantages:
-    """Advantage of each episode against the other episodes of its group.
+def broadcast(batch: CreditBatch) -> Floats:
+    """Every turn gets the advantage of its episode (MemAgent, arXiv 2507.02259, sec. 3)."""
+    return batch.advantages[batch.episode]
+
+
+def last_turn(batch: CreditBatch) -> Floats:
+    """The last turn gets it all and the others are not trained: a control."""
+    return np.where(batch.last, batch.advantages[batch.episode], np.nan)
+
+
+ASSIGNERS: dict[str, Assigner] = {"broadcast": broadcast, "last_turn": last_turn}
+
+
+def build_assigner(name: str) -> Assigner:
+    """The assigner a recipe names: one of :data:`ASSIGNERS`, or ``pkg.module:name`` of a function or a class.
+
+    Raises:
+        RecipeError: there is none of that name.
+    """
+    if ":" not in name and name not in ASSIGNERS:
+        raise RecipeError(f"credit.assigner: '{name}'", "", nearest(name, list(ASSIGNERS)))
+    found: Any = resolve(name) if ":" in name else ASSIGNERS[name]
+    assigner: Assigner = construct(found, {}, "credit.assigner") if isinstance(found, type) else found
+    return assigner
+
+
+def turn_advantages(
+    batch: CreditBatch, options: CreditSection, estimator: Estimator, assigner: Assigner, *, mixed: bool
+) -> Floats:
+    """The advantage of every turn, (M,); NaN for a turn that is not trained.
 
     Args:
-        rewards: one per episode, None where it could not be measured.
-        groups: group key of each episode.
-        scale: TRL's `scale_rewards`. ``group``: A = (r - mean) / (std + 1e-4) with the group's mean and
-            Bessel-corrected std (GRPO, arXiv 2402.03300, eq. 3). ``none``: A = r - mean (MemAgent; Dr. GRPO,
-            arXiv 2503.20783). ``batch``: centred per group, divided by the std over the batch.
+        batch: the whole batch.
+        options: the recipe's `credit:`.
+        estimator: how rewards are compared.
+        assigner: how the outcome reaches turns.
+        mixed: whether the recipe rewards turns; if not, alpha is 1.
     """
-    members: dict[str, list[int]] = defaultdict(list)
-    for index, group in enumerate(groups):
-        members[group].append(index)
-    measured = [reward for reward in rewards if reward is not None]
-    best, worst = max(measured, default=0.0), min(measured, default=0.0)
-    batch_std = _std(measured)
-
-    values = [0.0] * len(rewards)
-    states: dict[str, GroupState] = {}
-    for group, indices in members.items():
-        scored = [(index, reward) for index in indices if (reward := rewards[index]) is not None]
-        if len(scored) < 2:
-            states[group] = GroupState.UNMEASURED
-            continue
-        own = [reward for _, reward in scored]
-        if max(own) - min(own) <= 1e-9 * max(1.0, abs(best), abs(worst)):
-            states[group] = (
-                GroupState.TIED
-                if not (own[0] == best or own[0] == worst)
-                else GroupState.SOLVED
-                if own[0] == best and own[0] > 0
-                else GroupState.FAILED
-            )
-            continue
-        states[group] = GroupState.SIGNAL
-        mean = math.fsum(own) / len(own)
-        divisor = {"none": 1.0, "group": _std(own) + _EPSILON, "batch": batch_std + _EPSILON}[scale]
-        for index, reward in scored:
-            values[index] = (reward - mean) / divisor
-    return Advantages(values, states)
+    values = assigner(batch)
+    if mixed:
+        own = advantages(batch.turn_rewards, batch.slot, estimator, options.std_floor).values
+        values = options.outcome_share * values + (1 - options.outcome_share) * own
+    if np.isfinite(batch.potentials).any():
+        values = values + shaping_term(batch, options)
+    return values
 
 
-def _std(values: Sequence[float]) -> float:
-    """Bessel-corrected standard deviation; 0 for fewer than two values."""
-    if len(values) < 2:
-        return 0.0
-    mean = math.fsum(values) / len(values)
-    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+def shaping_term(batch: CreditBatch, options: CreditSection) -> Floats:
+    """What potentials add to the advantage of every turn, (M,).
 
-
-def shuffle_within_groups(episodes: Sequence[Episode], seed: int) -> None:
-    """Control experiment: permute the rewards inside each group, so they say nothing about the episode."""
-    members: dict[str, list[Episode]] = defaultdict(list)
-    for episode in episodes:
-        members[episode.group].append(episode)
-    for group, own in members.items():
-        rewards = [episode.reward for episode in own]
-        random.Random(f"{seed}/{group}").shuffle(rewards)
-        for episode, reward in zip(own, rewards, strict=True):
-            episode.reward = reward
-
-
-def assign_credit(episodes: Sequence[Episode], advantages: Sequence[float], assigner: str = "broadcast") -> None:
-    """Set the advantage of every episode and turn.
-
-    ``broadcast`` copies the episode's advantage to each of its turns (MemAgent, arXiv 2507.02259, sec. 3).
-    ``last_turn`` gives it to the last turn alone and marks the others as not trainable.
+    (S_t - mean of S_t over the same turn of the group) / the group's divisor, with S_t the shaped return minus the
+    reward. Subtracting the mean of the slot and not of the episode keeps the mean gradient and lowers its variance.
     """
-    for episode, advantage in zip(episodes, advantages, strict=True):
-        episode.advantage = advantage
-        for turn in episode.turns:
-            if assigner == "last_turn" and turn is not episode.turns[-1]:
-                turn.advantage, turn.trainable = 0.0, False
-            else:
-                turn.advantage = advantage
+    surplus = np.full(len(batch.episode), np.nan)
+    ends = np.flatnonzero(batch.last) + 1
+    for start, end in zip(np.concatenate([[0], ends[:-1]]), ends, strict=True):
+        outcome, own = batch.rewards[batch.episode[start]], batch.potentials[start:end]
+        if np.isfinite(outcome) and np.isfinite(own).all():
+            surplus[start:end] = shaped_returns(outcome, own, options.gamma, options.lam) - outcome
+    with np.errstate(invalid="ignore"):
+        term = (surplus - group_mean(surplus, batch.slot)[batch.slot]) / batch.divisors[batch.episode]
+    return np.nan_to_num(term)

@@ -29,7 +29,7 @@ from memfactory.errors import DataError
 from memfactory.policy.models import lora_config
 from memfactory.policy.tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 from memfactory.recipe import Recipe, TinyModel
-from memfactory.reward.aggregate import WeightedDimension
+from memfactory.reward.catalogue import WeightedDimension
 from memfactory.reward.dimension import RewardDimension
 from memfactory.train.config import build_config
 from memfactory.train.prepare import Prepared, turn_limits
@@ -120,9 +120,9 @@ def _trial(prepared: Prepared, folder: Path, console: Console) -> None:
     )
     seen: list[Episode] = []
     spread = RewardDimension("dry_run.spread", lambda episode: float(_note(seen, episode) % 2))
-    dimensions = [*prepared.dimensions, WeightedDimension("dry_run.spread", spread, 1.0)]
+    rewards = prepared.rewards.also(WeightedDimension("dry_run.spread", spread, 1.0))
     trainer = EpisodeGRPOTrainer(
-        Parts(agent, tasks, tasks, dimensions, recipe.credit, recipe.rollout, prepared.eval_options),
+        Parts(agent, tasks, tasks, rewards, prepared.eval_options, recipe.rollout),
         model,
         config,
         processing_class=tokenizer,
@@ -142,7 +142,7 @@ def _trial(prepared: Prepared, folder: Path, console: Console) -> None:
         f"{', ...' if len(episode.turns) > 6 else ''}), "
         f"{sum(len(t.prompt_ids) + len(t.completion_ids) for t in episode.turns)} tokens"
     )
-    for weighted in prepared.dimensions:
+    for weighted in prepared.rewards.dimensions:
         score = episode.scores[weighted.name]
         shown = f"{score.value:g}" if score.value is not None else f"None ({score.reason})"
         console.print(f"reward {weighted.name} (weight {weighted.weight:g}): {shown}", markup=False)

@@ -18,7 +18,8 @@ from memfactory.errors import DataError, RecipeError, RecipeErrors
 from memfactory.evaluate.run import EvalOptions
 from memfactory.policy.base import Policy
 from memfactory.recipe import Recipe, apply_overrides, read_yaml, schema_errors
-from memfactory.reward.aggregate import WeightedDimension, load_dimension
+from memfactory.reward.catalogue import WeightedDimension, load_dimension
+from memfactory.reward.system import RewardSystem
 from memfactory.train.config import check_train
 
 PartT = TypeVar("PartT")
@@ -33,16 +34,16 @@ class Prepared:
     environment: Environment
     train_tasks: Sequence[Task]
     eval_tasks: Sequence[Task]
-    dimensions: list[WeightedDimension]
+    rewards: RewardSystem
 
     @property
     def eval_options(self) -> EvalOptions:
         section = self.recipe.eval
-        dimensions = list(self.dimensions)
-        if section.metric not in [weighted.name for weighted in dimensions]:
-            dimensions.append(WeightedDimension(section.metric, load_dimension(section.metric), 0.0))
+        rewards = self.rewards
+        if section.metric not in [weighted.name for weighted in rewards.dimensions]:
+            rewards = rewards.also(WeightedDimension(section.metric, load_dimension(section.metric), 0.0))
         return EvalOptions(
-            dimensions=dimensions,
+            rewards=rewards,
             metric=section.metric,
             samples=section.samples,
             temperature=section.temperature,
@@ -93,20 +94,14 @@ def prepare(path: Path, overrides: Sequence[str] = (), splits: Collection[Split]
 
     agent = attempt(lambda: build_agent(recipe.agent.name, recipe.agent.options))
     environment = attempt(lambda: build_environment(recipe.environment.name, recipe.environment.options))
-    dimensions: list[WeightedDimension] = []
-    for section in recipe.rewards:
-        dimension = attempt(lambda name=section.name: load_dimension(name))  # type: ignore[misc]
-        if dimension is not None:
-            dimensions.append(WeightedDimension(section.name, dimension, section.weight))
-    names = [section.name for section in recipe.rewards]
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        errors.append(RecipeError(f"rewards: '{name}' stands there twice", "", "give it one entry with one weight"))
-    if recipe.eval.metric not in names:
+    rewards = attempt(lambda: RewardSystem.from_recipe(recipe))
+    if recipe.eval.metric not in [section.label or section.name for section in recipe.rewards]:
         attempt(lambda: load_dimension(recipe.eval.metric))
     if errors:
         raise RecipeErrors(str(path), errors)
     assert agent is not None
     assert environment is not None
+    assert rewards is not None
 
     counts = {Split.TRAIN: recipe.environment.train_tasks, Split.TEST: recipe.environment.test_tasks}
     tasks: dict[Split, Sequence[Task]] = {}
@@ -116,7 +111,7 @@ def prepare(path: Path, overrides: Sequence[str] = (), splits: Collection[Split]
             raise DataError(f"environment {recipe.environment.name}", f"it has no {split} tasks")
     train_tasks, eval_tasks = tasks.get(Split.TRAIN, []), tasks.get(Split.TEST, [])
     check_disjoint(train_tasks, eval_tasks)
-    return Prepared(recipe, agent, environment, train_tasks, eval_tasks, dimensions)
+    return Prepared(recipe, agent, environment, train_tasks, eval_tasks, rewards)
 
 
 def turn_limits(agent: object) -> dict[str, int]:

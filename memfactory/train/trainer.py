@@ -31,6 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
@@ -43,14 +44,15 @@ from trl.trainer.utils import use_adapter
 from memfactory.agents.base import Agent
 from memfactory.agents.running import run_episodes
 from memfactory.episode import Episode, StopReason, Task
-from memfactory.errors import EngineError, RewardError
+from memfactory.errors import EngineError
 from memfactory.evaluate.run import EvalOptions, evaluate_agent
 from memfactory.policy.base import Sampling
 from memfactory.policy.models import eos_ids
 from memfactory.policy.transformers_backend import TransformersPolicy
-from memfactory.recipe import CreditSection, RolloutSection
-from memfactory.reward.aggregate import WeightedDimension, score_episodes
-from memfactory.reward.credit import Advantages, GroupState, assign_credit, group_advantages, shuffle_within_groups
+from memfactory.recipe import RolloutSection
+from memfactory.reward.advantage import GroupState
+from memfactory.reward.measure import Measuring
+from memfactory.reward.system import Assessment, RewardSystem
 from memfactory.runs import RunFolder
 from memfactory.train.rows import Row, build_rows, collate, cut, deal, loss_weights
 from memfactory.train.scoring import CompletionScorer
@@ -71,16 +73,16 @@ class Parts:
     agent: Agent
     train_tasks: Sequence[Task]
     eval_tasks: Sequence[Task]
-    dimensions: Sequence[WeightedDimension]
-    credit: CreditSection = field(default_factory=CreditSection)
+    rewards: RewardSystem
+    eval: EvalOptions | None = None
+    """Absent: evaluate with `rewards` and the defaults."""
     rollout: RolloutSection = field(default_factory=RolloutSection)
-    eval: EvalOptions = field(default_factory=EvalOptions)
     run: RunFolder | None = None
     """Where episodes are logged; None logs none."""
 
 
 def _never_called(completions: list[Any], **columns: Any) -> list[float | None]:
-    """TRL refuses to start without a reward function; rewards here come from `Parts.dimensions`."""
+    """TRL refuses to start without a reward function; rewards here come from `Parts.rewards`."""
     raise EngineError(
         "TRL's own reward path was reached",
         "the installed TRL no longer calls `_prepare_inputs` as 1.16 does",
@@ -244,29 +246,36 @@ class EpisodeGRPOTrainer(GRPOTrainer):
             self.policy.model = sampling_model
             self.policy.version = self.state.global_step
             self.policy.generator.manual_seed(_seed(self.args.seed, self.state.global_step, self._step, rank))
-            episodes = run_episodes(self.parts.agent, tasks, self.policy)
+            measuring = self.parts.rewards.begin()
+            episodes = run_episodes(self.parts.agent, tasks, self.policy, measuring.submit)
         model.train()
         self._seconds["generate"] += time.perf_counter() - start
         for number, episode in enumerate(episodes):
             episode.id = f"{self.state.global_step}/{rank}/{number}"
-
         start = time.perf_counter()
-        faults = score_episodes(episodes, self.parts.dimensions)
-        failed = sum(episode.reward is None for episode in episodes)
-        if failed > self.parts.rollout.max_failed_share * len(episodes):
-            raise RewardError(
-                f"{failed} of {len(episodes)} episodes could not be scored",
-                "; ".join(faults.examples) or "their dimensions returned None",
-                "fix the reward, or raise rollout.max_failed_share",
-            )
-        if self.parts.credit.shuffle_rewards:
-            shuffle_within_groups(episodes, _seed(self.args.seed, "shuffle", self._step))
-        advantages = self._assign(episodes)
+        assessment = self._assess(episodes, measuring)
         self._seconds["reward"] += time.perf_counter() - start
 
         buffer = self._micro_batches(episodes)
-        self._log_rollout(episodes, advantages, failed)
+        self._log_rollout(episodes, assessment)
         return buffer
+
+    def _assess(self, episodes: list[Episode], measuring: Measuring) -> Assessment:
+        """Scores, rewards, advantages and credit of this rank's episodes, compared over whole groups."""
+        gather = gather_object if self.accelerator.num_processes > 1 else None
+        assessment = self.parts.rewards.assess(
+            episodes,
+            measuring.finish(episodes, gather),
+            scale_rewards=self.scale_rewards,
+            seed=_seed(self.args.seed, "shuffle", self._step),
+            gather=gather,
+            rank=self.accelerator.process_index,
+            max_failed_share=self.parts.rollout.max_failed_share,
+        )
+        if self.mask_truncated_completions:
+            for turn in (turn for episode in episodes for turn in episode.turns):
+                turn.trainable &= turn.stop is not StopReason.LENGTH
+        return assessment
 
     @contextmanager
     def _sampling_model(self) -> Iterator[Any]:
@@ -287,20 +296,6 @@ class EpisodeGRPOTrainer(GRPOTrainer):
                 yield plain
             finally:
                 plain.train(was_training)
-
-    def _assign(self, episodes: list[Episode]) -> Advantages:
-        """Advantages over whole groups, also where a group straddles ranks; then credit to turns."""
-        rewards = gather_object([episode.reward for episode in episodes])
-        groups = gather_object([episode.group for episode in episodes])
-        advantages = group_advantages(rewards, groups, self.scale_rewards)
-        first = self.accelerator.process_index * len(episodes)
-        own = advantages.values[first : first + len(episodes)]
-        assign_credit(episodes, own, self.parts.credit.assigner)
-        if self.mask_truncated_completions:
-            for episode in episodes:
-                for turn in episode.turns:
-                    turn.trainable &= turn.stop is not StopReason.LENGTH
-        return advantages
 
     def _micro_batches(self, episodes: list[Episode]) -> list[list[MicroBatch]]:
         """Rows of the episodes that carry signal, in micro-batches, for each training step."""
@@ -366,7 +361,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
 
     # ---- logging -----------------------------------------------------------------------------
 
-    def _log_rollout(self, episodes: list[Episode], advantages: Advantages, failed: int) -> None:
+    def _log_rollout(self, episodes: list[Episode], assessment: Assessment) -> None:
         metrics = self._metrics["train"]
 
         def mean(name: str, values: Sequence[float]) -> None:
@@ -374,20 +369,11 @@ class EpisodeGRPOTrainer(GRPOTrainer):
             average = self._reduce_sum(math.fsum(values)) / count if count else float("nan")
             metrics[name].append(average)
 
-        def spread(name: str, values: Sequence[float]) -> None:
-            count, first, second = (
-                self._reduce_sum(x) for x in (len(values), math.fsum(values), math.fsum(v * v for v in values))
-            )
-            variance = (second - first * first / count) / (count - 1) if count > 1 else 0.0
-            metrics[name].append(math.sqrt(max(variance, 0.0)))
-
-        rewards = [episode.reward for episode in episodes if episode.reward is not None]
-        mean("reward", rewards)
-        spread("reward_std", rewards)
-        for weighted in self.parts.dimensions:
-            values = [s.value for e in episodes if (s := e.scores[weighted.name]).value is not None]
-            mean(f"rewards/{weighted.name}/mean", values)
-            spread(f"rewards/{weighted.name}/std", values)
+        measured = assessment.rewards[np.isfinite(assessment.rewards)]
+        metrics["reward"].append(float(measured.mean()) if measured.size else float("nan"))
+        metrics["reward_std"].append(float(measured.std(ddof=1)) if measured.size > 1 else 0.0)
+        for name, value in assessment.metrics.items():
+            metrics[name].append(value)
         turns = [turn for episode in episodes for turn in episode.turns]
         mean("turns/per_episode", [len(episode.turns) for episode in episodes])
         mean("stop/length_share", [turn.stop is StopReason.LENGTH for turn in turns])
@@ -395,19 +381,24 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         mean("completions/mean_length", [len(turn.completion_ids) for turn in turns])
         generated = sum(len(turn.completion_ids) for turn in turns)
         metrics["tokens/generated"].append(self._reduce_sum(generated))
-        metrics["episodes/count"].append(self._reduce_sum(len(episodes)))
-        metrics["episodes/failed"].append(self._reduce_sum(failed))
-        metrics["groups/count"].append(len(advantages.groups))
+        metrics["episodes/count"].append(len(assessment.rewards))
+        metrics["episodes/failed"].append(assessment.failed)
+        advantages = assessment.advantages
+        metrics["groups/count"].append(len(advantages.states))
         metrics["groups/dead_share"].append(advantages.dead_share)
         for state in (GroupState.SOLVED, GroupState.FAILED, GroupState.TIED, GroupState.UNMEASURED):
             metrics[f"groups/{state}_share"].append(advantages.share(state))
         metrics["frac_reward_zero_std"].append(advantages.dead_share)
-        self.totals["episodes"] += int(self._reduce_sum(len(episodes)))
+        self.totals["episodes"] += len(assessment.rewards)
         self.totals["generated_tokens"] += int(self._reduce_sum(generated))
         run = self.parts.run
         step = self.state.global_step + 1  # the update these episodes are for
         if run is not None and self.accelerator.is_main_process and step % max(int(self.args.logging_steps), 1) == 0:
-            run.log_episodes(step, "train", episodes[: self.parts.rollout.log_episodes])
+            wanted = {item["episode"] for item in assessment.record["disagreements"]}
+            count = self.parts.rollout.log_episodes
+            shown = [e for number, e in enumerate(episodes) if number < count or (count and e.id in wanted)]
+            run.log_episodes(step, "train", shown)
+            run.log_rewards(step, assessment.record)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training and "loss" in logs and self._computed_tokens[1]:
@@ -432,7 +423,8 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         was_training = self.model.training
         with self._sampling_model() as plain:
             self.policy.model = plain
-            result = evaluate_agent(self.parts.agent, self.parts.eval_tasks, self.policy, self.parts.eval)
+            options = self.parts.eval or EvalOptions(self.parts.rewards)
+            result = evaluate_agent(self.parts.agent, self.parts.eval_tasks, self.policy, options)
         self.model.train(was_training)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in result.metrics.items()}
         if self.parts.run is not None and self.accelerator.is_main_process:
@@ -446,7 +438,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
     # ---- checkpoints -------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        state: dict[str, Any] = {"step": self._step, "buffer": []}
+        state: dict[str, Any] = {"step": self._step, "buffer": [], "rewards": self.parts.rewards.state_dict()}
         if self._step % (self.args.steps_per_generation * self.num_iterations) != 0:
             state["buffer"] = self._buffer  # updates are still to be made on these episodes
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -466,6 +458,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
             raise EngineError(f"{checkpoint}: not a checkpoint of this trainer", f"{path.name} is missing")
         state = torch.load(path, map_location=self.args.device, weights_only=True)
         self._step, self._buffer = state["step"], state["buffer"]
+        self.parts.rewards.load_state_dict(state["rewards"])
 
 
 def _windows(rows: list[Row], episodes: int, count: int, seed: int) -> list[list[Row]]:

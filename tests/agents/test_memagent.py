@@ -17,7 +17,8 @@ from memfactory.errors import DataError, EngineError, RecipeError, RecipeErrors
 from memfactory.memory import TextMemory
 from memfactory.policy.tiny import tiny_tokenizer
 from memfactory.policy.transformers_backend import TransformersPolicy
-from memfactory.reward.aggregate import WeightedDimension, load_dimension, score_episodes
+from memfactory.reward.catalogue import WeightedDimension, load_dimension
+from memfactory.reward.system import RewardSystem
 from memfactory.train.rows import build_rows
 
 REWARDS = (
@@ -115,10 +116,10 @@ def test_wiped_memory_is_empty_at_the_answer_and_a_store_is_written_to():
     assert "gold0" not in policy.calls[-1][1]
     assert (episode.memory, store.text, store.writes) == ("", "", [0, 1, 1])
     dimension = WeightedDimension("c", load_dimension("answer.containment"))
-    score_episodes([episode], [dimension])
+    RewardSystem([dimension]).score([episode])
     assert episode.reward == 0.0
     honest = run(MemAgent(answer_format="plain"), task(2), policy)
-    score_episodes([honest], [dimension])
+    RewardSystem([dimension]).score([honest])
     assert honest.reward == 1.0
 
 
@@ -173,7 +174,7 @@ def test_bad_output_costs_reward_and_never_stops_the_run(name, order, answer_for
     episode = run(agent, task(3), Scripted(lambda *_: text, stop=StopReason.LENGTH))
     assert len(episode.turns) == 4
     dimensions = [WeightedDimension(reward, load_dimension(reward)) for reward in REWARDS]
-    faults = score_episodes([episode], dimensions)
+    faults = RewardSystem(dimensions).score([episode])
     assert faults.count == {}
     values = {reward: episode.scores[reward].value for reward in REWARDS}
     assert values["answer.exact_match"] == values["format.stopped"] == 0.0
@@ -214,7 +215,7 @@ def test_any_texts_make_a_consistent_episode(replies, order):
         assert turn.memory_before == memory
         memory = turn.memory_after
     assert episode.memory == memory
-    score_episodes([episode], [WeightedDimension("em", load_dimension("answer.exact_match"))])
+    RewardSystem([WeightedDimension("em", load_dimension("answer.exact_match"))]).score([episode])
     assert 0.0 <= episode.reward <= 1.0
 
 
@@ -320,7 +321,7 @@ def test_with_a_real_untrained_model():
     agent = MemAgent(prompt="words", answer_format="plain", max_memory_tokens=6, max_answer_tokens=3, chunk_tokens=4)
     tasks = [Task(f"t{i}", ("w1 w2 w3 w4 w5 w6",), (Probe("w7", ("gold",)),)) for i in range(6)]
     episodes = run_episodes(agent, tasks, TransformersPolicy(model, tokenizer))
-    score_episodes(episodes, [WeightedDimension("em", load_dimension("answer.exact_match"))])
+    RewardSystem([WeightedDimension("em", load_dimension("answer.exact_match"))]).score(episodes)
     assert [episode.reward for episode in episodes] == [0.0] * 6
     for episode in episodes:
         assert [turn.module for turn in episode.turns] == ["write", "write", "answer"]

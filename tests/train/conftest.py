@@ -19,8 +19,10 @@ from trl import GRPOConfig, GRPOTrainer
 from memfactory.episode import Episode, StopReason, Task, Turn
 from memfactory.policy.tiny import tiny_tokenizer
 from memfactory.recipe import CreditSection, RolloutSection
-from memfactory.reward.aggregate import WeightedDimension
+from memfactory.reward.aggregate import WeightedSum
+from memfactory.reward.catalogue import WeightedDimension
 from memfactory.reward.dimension import RewardDimension
+from memfactory.reward.system import RewardSystem
 from memfactory.train.trainer import EpisodeGRPOTrainer, Parts
 
 VOCABULARY = [f"w{i}" for i in range(43)]
@@ -202,6 +204,7 @@ def step_of_ours(
     *,
     budget: int = 16384,
     assigner: str = "broadcast",
+    dimensions: Sequence[WeightedDimension] = (),
     peft_config: Any = None,
     **options: Any,
 ) -> tuple[list[torch.Tensor], Ours]:
@@ -212,8 +215,7 @@ def step_of_ours(
         ReplayAgent(groups, skip=int(os.environ.get("RANK", 0)) * args.per_device_train_batch_size % generations),
         tasks,
         tasks[:1],
-        [recorded_reward()],
-        credit=CreditSection(assigner=assigner),
+        RewardSystem([recorded_reward(), *dimensions], WeightedSum(), CreditSection(assigner=assigner)),
         rollout=RolloutSection(train_token_budget=budget, max_failed_share=1.0),
     )
     keep = KeepGradients()

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from memfactory.episode import Episode, StopReason, Task, Turn
 from memfactory.recipe import RolloutSection
+from memfactory.reward.credit import build_assigner
 from memfactory.train.config import check_train
 from memfactory.train.rows import build_rows, collate, loss_weights
 
@@ -39,12 +40,20 @@ class Engine:
         self.model = self.trainer.model
         self.model.train()
 
+    def assess(self, episodes):
+        """Advantages and credit from the rewards that `episodes` have."""
+        rewards = [episode.reward for episode in episodes]
+        for episode, reward in zip(episodes, rewards, strict=True):
+            episode.memory = str(reward)  # where the recorded reward is read from
+        self.trainer._assess(episodes, self.trainer.parts.rewards.begin())
+        assert [episode.reward for episode in episodes] == rewards
+
     def __call__(self, episodes, budget=100_000, assigner="broadcast"):
         """Loss and gradient of `episodes`, whose reward and group are set, cut by `budget`."""
         self.trainer.parts.rollout = RolloutSection(train_token_budget=budget)
-        self.trainer.parts.credit = self.trainer.parts.credit.model_copy(update={"assigner": assigner})
+        self.trainer.parts.rewards.assigner = build_assigner(assigner)
         episodes = copy.deepcopy(episodes)
-        self.trainer._assign(episodes)
+        self.assess(episodes)
         return self.of_micro_batches([micro for step in self.trainer._micro_batches(episodes) for micro in step])
 
     def of_micro_batches(self, micro_batches):
@@ -215,7 +224,7 @@ def test_options_that_depend_on_micro_batches_are_refused(bench, engine, option,
 def test_padding_rows_change_nothing(bench, engine, loss, extra):
     machine = engine(loss_type=loss)
     episodes = make_episodes(5)
-    machine.trainer._assign(episodes)
+    machine.assess(episodes)
     rows = build_rows(episodes)
     tokens = [sum(len(turn.completion_ids) for turn in episode.turns) for episode in episodes]
     weights = loss_weights(rows, tokens, loss, LENGTH)

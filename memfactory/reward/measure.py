@@ -1,0 +1,350 @@
+"""Measuring a batch: every dimension on every episode, whatever single functions do.
+
+A function that raises, hangs, or returns what is no score costs the scores it was asked for and nothing else:
+they are None with a reason, and the fault is counted. Async functions (judges) begin as soon as an episode is
+complete, while others are still being generated; the rest is called when all are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for_any
+from dataclasses import dataclass, field
+from typing import Any
+
+from memfactory.episode import Episode, Score, Turn
+from memfactory.errors import MemFactoryError, RewardError
+from memfactory.reward.background import BackgroundLoop
+from memfactory.reward.catalogue import WeightedDimension
+from memfactory.reward.dimension import RewardDimension, Scope
+
+MAX_HANGS = 3
+"""Calls of one function that may hang in a batch before the rest of its calls is not made."""
+_ONE_EACH = "return a list with one value per episode"
+_POLL = 1.0
+"""Seconds between looks at an event loop that has work."""
+
+Gather = Callable[[list[Any]], list[Any]]
+"""Concatenates the lists of all ranks, e.g. `accelerate.utils.gather_object`."""
+
+
+@dataclass(slots=True)
+class Faults:
+    """Failed measurements of one batch, by the fault class of their cause."""
+
+    count: dict[str, int] = field(default_factory=dict)
+    by_dimension: dict[str, int] = field(default_factory=dict)
+    """Episodes on which a dimension failed."""
+    examples: list[str] = field(default_factory=list)
+    tracebacks: list[str] = field(default_factory=list)
+    """Of the examples that have one."""
+
+    def add(self, error: MemFactoryError, dimension: str = "", episodes: int = 1) -> None:
+        self.count[error.fault] = self.count.get(error.fault, 0) + 1
+        self.by_dimension[dimension] = self.by_dimension.get(dimension, 0) + episodes
+        if len(self.examples) < 3:
+            self.examples.append(str(error))
+            if error.__cause__ is not None:
+                import traceback
+
+                self.tracebacks.append("".join(traceback.format_exception(error.__cause__)))
+
+
+@dataclass(slots=True)
+class _Call:
+    """One call of a reward function, and what came of it."""
+
+    weighted: WeightedDimension
+    episodes: list[Episode]
+    """One, or those a function of lists was called with."""
+    turn: Turn | None = None
+    outcome: Any = None
+
+    @property
+    def lists(self) -> bool:
+        dimension = self.weighted.dimension
+        return dimension.batched or dimension.scope is Scope.GROUP
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        if self.lists:
+            return (list(self.episodes),)
+        return (self.episodes[0],) if self.turn is None else (self.episodes[0], self.turn)
+
+    @property
+    def where(self) -> str:
+        first = self.episodes[0]
+        name = f"task {first.task.id}" + (f", episode {first.id}" if first.id else "")
+        if self.lists:
+            return f"{len(self.episodes)} episodes from {name}"
+        return name if self.turn is None else f"{name}, turn {_position(first.turns, self.turn)}"
+
+    def run(self) -> Any:
+        try:
+            return self.weighted.dimension.function(*self.arguments)
+        except Exception as error:
+            return self.weighted.dimension.failure(error, self.where)
+
+    async def run_async(self) -> Any:
+        dimension = self.weighted.dimension
+        limit = asyncio.timeout(dimension.deadline)
+        try:
+            async with limit:
+                return await dimension.function(*self.arguments)
+        except MemFactoryError as error:  # the judge's: classed by its own fault
+            return error
+        except Exception as error:
+            return self.hung() if limit.expired() else dimension.failure(error, self.where)
+
+    def hung(self, why: str = "") -> RewardError:
+        dimension = self.weighted.dimension
+        return RewardError(
+            f"reward '{dimension.name}' ({dimension.place}) on {self.where}",
+            why or f"no answer within {dimension.deadline:g} s",
+            "make it faster, or raise its deadline: @reward(deadline=...) or `deadline:` in the recipe",
+        )
+
+    def store(self, faults: Faults) -> None:
+        """Put the score on the episode or turn, or None and the reason."""
+        dimension, name = self.weighted.dimension, self.weighted.name
+        try:
+            if isinstance(self.outcome, MemFactoryError):
+                raise self.outcome
+            results = self._results() if self.lists else [self.outcome]
+        except MemFactoryError as error:
+            faults.add(error, name, len(self.episodes))
+            failed = Score(None, error.why or error.what)
+            for episode in self.episodes:
+                (episode.scores if self.turn is None else self.turn.scores)[name] = failed
+            return
+        for episode, result in zip(self.episodes, results, strict=True):
+            target = episode.scores if self.turn is None else self.turn.scores
+            try:
+                target[name] = dimension.check(result, f"task {episode.task.id}" if self.lists else self.where)
+            except MemFactoryError as error:
+                faults.add(error, name)
+                target[name] = Score(None, error.why or error.what)
+
+    def _results(self) -> Sequence[Any]:
+        dimension = self.weighted.dimension
+        what = f"reward '{dimension.name}' ({dimension.place}) on {self.where}"
+        try:
+            if isinstance(self.outcome, str | bytes | dict):
+                raise TypeError
+            results = list(self.outcome)
+        except TypeError as error:
+            raise RewardError(what, f"returned {self.outcome!r}", _ONE_EACH) from error
+        if len(results) != len(self.episodes):
+            raise RewardError(what, f"returned {len(results)} values", _ONE_EACH)
+        return results
+
+
+class Measuring:
+    """The measuring of one batch.
+
+    Args:
+        dimensions: what to measure.
+        loop: where async functions run.
+    """
+
+    def __init__(self, dimensions: Sequence[WeightedDimension], loop: BackgroundLoop | None = None) -> None:
+        self._dimensions = dimensions
+        self._loop = loop or BackgroundLoop()
+        self._early = [w for w in dimensions if w.dimension.asynchronous and not _takes_lists(w.dimension)]
+        self._lock = threading.Lock()
+        self._running: list[tuple[_Call, Future[Any]]] = []
+        self._seen: set[int] = set()
+
+    def submit(self, episode: Episode) -> None:
+        """Begin with what can be measured of one complete `episode`. Returns at once; safe from any thread."""
+        with self._lock:
+            self._seen.add(id(episode))
+            for weighted in self._early:
+                for call in _calls(weighted, [episode]):
+                    self._running.append((call, self._loop.start(call.run_async())))
+
+    def finish(self, episodes: Sequence[Episode], gather: Gather | None = None) -> Faults:
+        """Measure everything that is left of `episodes` and put the scores on them.
+
+        Args:
+            episodes: the batch of this rank.
+            gather: where the batch is spread over ranks, so that functions of groups see whole groups.
+        """
+        faults = Faults()
+        for episode in episodes:
+            if id(episode) not in self._seen:
+                self.submit(episode)
+        done: list[_Call] = []
+        for weighted in self._dimensions:
+            if weighted in self._early:
+                continue
+            complete = list(episodes)
+            if weighted.dimension.scope is Scope.GROUP and gather is not None:
+                complete = _whole_groups(complete, gather)
+            calls = _calls(weighted, complete)
+            if weighted.dimension.asynchronous:
+                self._running += [(call, self._loop.start(call.run_async())) for call in calls]
+            else:
+                _run(calls, weighted.dimension.deadline)
+                done += calls
+        self._wait()
+        for call in [*done, *(call for call, _ in self._running)]:
+            call.store(faults)
+        for weighted in self._dimensions:
+            if weighted.dimension.per_turn:
+                for episode in episodes:
+                    episode.scores[weighted.name] = _mean(weighted, episode)
+        return faults
+
+    def _wait(self) -> None:
+        pending = {future for _, future in self._running}
+        while pending:
+            _, pending = wait_for_any(pending, timeout=_POLL)
+            limits = [c.weighted.dimension.deadline for c, f in self._running if f in pending]
+            patience = max((limit for limit in limits if limit is not None), default=60.0)
+            if pending and not self._loop.responds(patience):
+                self._loop.abandon()
+                break
+        for call, future in self._running:
+            why = "an async reward function blocks the event loop: use `await`, or make it an ordinary function"
+            call.outcome = call.hung(why) if future in pending else future.result()
+
+
+def measure(
+    episodes: Sequence[Episode], dimensions: Sequence[WeightedDimension], loop: BackgroundLoop | None = None
+) -> Faults:
+    """Measure `dimensions` on complete `episodes`: sets `scores` of episodes and turns."""
+    return Measuring(dimensions, loop).finish(episodes)
+
+
+def measure_one(dimension: RewardDimension, episode: Episode) -> Score:
+    """The score of one episode (for a dimension of groups: as a group of its own).
+
+    Raises:
+        MemFactoryError: the function failed.
+    """
+    calls = _calls(WeightedDimension(dimension.name, dimension), [episode])
+    for call in calls:
+        call.outcome = asyncio.run(call.run_async()) if dimension.asynchronous else call.run()
+        if isinstance(call.outcome, MemFactoryError):
+            raise call.outcome
+        result = call._results()[0] if call.lists else call.outcome
+        score = dimension.check(result, call.where)
+        (episode.scores if call.turn is None else call.turn.scores)[dimension.name] = score
+    if dimension.per_turn:
+        episode.scores[dimension.name] = _mean(WeightedDimension(dimension.name, dimension), episode)
+    return episode.scores[dimension.name]
+
+
+def _takes_lists(dimension: RewardDimension) -> bool:
+    return dimension.batched or dimension.scope is Scope.GROUP
+
+
+def _calls(weighted: WeightedDimension, episodes: Sequence[Episode]) -> list[_Call]:
+    dimension = weighted.dimension
+    if dimension.scope is Scope.GROUP:
+        groups: dict[str, list[Episode]] = defaultdict(list)
+        for episode in episodes:
+            groups[episode.group].append(episode)
+        return [_Call(weighted, members) for members in groups.values()]
+    if dimension.batched:
+        return [_Call(weighted, list(episodes))] if episodes else []
+    if dimension.per_turn:
+        return [_Call(weighted, [e], turn) for e in episodes for turn in e.turns if dimension.speaks_about(turn)]
+    return [_Call(weighted, [episode]) for episode in episodes]
+
+
+def _whole_groups(episodes: list[Episode], gather: Gather) -> list[Episode]:
+    """`episodes` and, of groups that other ranks hold a part of, the other members (copies)."""
+    ranks: list[list[str]] = gather([[episode.group for episode in episodes]])
+    counts: dict[str, int] = defaultdict(int)
+    for groups in ranks:
+        for group in set(groups):
+            counts[group] += 1
+    shared = {group for group, count in counts.items() if count > 1}
+    if not shared:
+        return episodes
+    own = [[episode for episode in episodes if episode.group in shared]]
+    everyone: list[list[Episode]] = gather(own)
+    # which entry is ours: the only one that says the same about the same episodes, by their ids
+    ids = [episode.id for episode in own[0]]
+    mine = {episode.group for episode in episodes}
+    others = [e for part in everyone if [x.id for x in part] != ids for e in part if e.group in mine]
+    return [*episodes, *others]
+
+
+def _run(calls: list[_Call], deadline: float | None) -> None:
+    """Make ordinary calls one after another, in a thread that can be left behind when one hangs."""
+    if deadline is None:
+        for call in calls:
+            call.outcome = call.run()
+        return
+    start, hangs = 0, 0
+    while start < len(calls):
+        if hangs == MAX_HANGS:
+            for call in calls[start:]:
+                call.outcome = call.hung(f"not called: {MAX_HANGS} calls before it hung")
+            return
+        worker = _Worker(calls, start)
+        worker.start()
+        while not worker.done.wait(max(worker.since + deadline - time.monotonic(), 0.01)):
+            if time.monotonic() - worker.since >= deadline:
+                break
+        finished = worker.abandon()
+        for index, outcome in enumerate(finished, start):
+            calls[index].outcome = outcome
+        start += len(finished)
+        if start < len(calls):
+            calls[start].outcome = calls[start].hung()
+            start, hangs = start + 1, hangs + 1
+
+
+class _Worker(threading.Thread):
+    """Makes calls from `start` on until it is abandoned."""
+
+    def __init__(self, calls: list[_Call], start: int) -> None:
+        super().__init__(name="memfactory-reward", daemon=True)  # a hung call must not keep the process alive
+        self._calls, self._start = calls, start
+        self._outcomes: list[Any] = []
+        self._lock = threading.Lock()
+        self._abandoned = False
+        self.done = threading.Event()
+        self.since = time.monotonic()
+        """When the call that is going on began."""
+
+    def run(self) -> None:
+        for call in self._calls[self._start :]:
+            self.since = time.monotonic()
+            outcome = call.run()
+            with self._lock:
+                if self._abandoned:
+                    return
+                self._outcomes.append(outcome)
+        self.done.set()
+
+    def abandon(self) -> list[Any]:
+        """Stop after the call that is going on, and take the outcomes of those before it."""
+        with self._lock:
+            self._abandoned = True
+            return list(self._outcomes)
+
+
+def _mean(weighted: WeightedDimension, episode: Episode) -> Score:
+    """A dimension of turns, on the episode: the mean over the turns it speaks about."""
+    scores = [turn.scores[weighted.name] for turn in episode.turns if weighted.dimension.speaks_about(turn)]
+    for score in scores:
+        if score.value is None:
+            return Score(None, score.reason)
+    if not scores:
+        return Score(None, "it speaks about no turn of this episode")
+    return Score(math.fsum(score.value for score in scores if score.value is not None) / len(scores))
+
+
+def _position(turns: Sequence[Turn], turn: Turn) -> int:
+    return next(index for index, own in enumerate(turns) if own is turn)

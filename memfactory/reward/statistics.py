@@ -1,0 +1,111 @@
+"""What the dimensions did in a batch: numbers for logs and trackers, and what a person should look at."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from memfactory.reward.dimension import Role
+from memfactory.reward.table import Column, Floats
+
+MAX_PAIRS = 45
+"""Most pairs of dimensions whose correlation goes to the tracker; the run folder has all."""
+DISAGREEMENTS = 5
+"""Episodes named per batch."""
+
+
+def summarise(column: Column, values: Floats, reasons: Counter[str]) -> dict[str, Any]:
+    """One dimension over a batch.
+
+    Args:
+        column: the dimension.
+        values: scores over the episodes or, for a dimension of turns, over the turns; NaN where None.
+        reasons: why scores are None, with counts.
+
+    Returns:
+        mean, std (Bessel-corrected), none_share, for a gate pass_rate (None fails), and the reasons.
+    """
+    known = values[np.isfinite(values)]
+    summary: dict[str, Any] = {
+        "role": str(column.role),
+        "weight": column.weight,
+        "mean": float(known.mean()) if known.size else None,
+        "std": float(known.std(ddof=1)) if known.size > 1 else 0.0,
+        "none_share": 1 - known.size / values.size if values.size else 0.0,
+        "reasons": dict(reasons.most_common(5)),
+    }
+    if column.role is Role.GATE:
+        scaled = (known - column.low) / (column.high - column.low)
+        summary["pass_rate"] = float((scaled >= column.threshold).sum() / values.size) if values.size else None
+    return summary
+
+
+def correlations(values: Floats) -> Floats:
+    """Pearson correlation of every pair of dimensions over the episodes that have both. (N, D) -> (D, D)
+
+    NaN where a dimension is constant or no two episodes have both.
+    """
+    known = np.isfinite(values)
+    count = known.sum(axis=0)
+    mean = np.nan_to_num(values).sum(axis=0) / np.maximum(count, 1)
+    centered = np.where(known, values - mean, 0.0)
+    # rounding around a constant is no variance
+    constant = np.abs(centered).max(axis=0, initial=0.0) <= 1e-12 * np.maximum(1.0, np.abs(mean))
+    centered[:, constant] = 0.0
+    product = centered.T @ centered
+    squares = (centered**2).T @ known  # [i, j]: squares of i over the episodes that have j
+    with np.errstate(divide="ignore", invalid="ignore"):
+        result: Floats = product / np.sqrt(squares * squares.T)
+    return np.where(np.isfinite(result), np.clip(result, -1.0, 1.0), np.nan)
+
+
+def disagreements(values: Floats, columns: Sequence[Column], ids: Sequence[str]) -> list[dict[str, Any]]:
+    """Episodes that one dimension puts high and another puts low, the widest apart first.
+
+    Scores are standardised over the batch; the gap is the difference of an episode's highest and lowest, in standard
+    deviations. Such episodes are where a reward is gamed or wrong, and cheap to look at.
+    """
+    keep = [k for k, c in enumerate(columns) if c.role in (Role.GATE, Role.OBJECTIVE, Role.BONUS)]
+    if len(keep) < 2 or not len(values):
+        return []
+    own = values[:, keep]
+    known = np.isfinite(own)
+    mean = np.nan_to_num(own).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+    std = np.sqrt((np.where(known, own - mean, 0.0) ** 2).sum(axis=0) / np.maximum(known.sum(axis=0) - 1, 1))
+    scaled = np.where(known & (std > 1e-12), (own - mean) / np.where(std > 1e-12, std, 1.0), np.nan)
+    high = np.where(np.isnan(scaled), -np.inf, scaled).argmax(axis=1)
+    low = np.where(np.isnan(scaled), np.inf, scaled).argmin(axis=1)
+    rows = np.arange(len(values))
+    gap = np.nan_to_num(scaled[rows, high] - scaled[rows, low])
+    found = []
+    for row in np.argsort(-gap, kind="stable")[:DISAGREEMENTS]:
+        if gap[row] <= 0:
+            break
+        above, below = keep[high[row]], keep[low[row]]
+        found.append(
+            {
+                "episode": ids[row],
+                "gap": float(gap[row]),
+                "high": {"name": columns[above].name, "value": float(values[row, above])},
+                "low": {"name": columns[below].name, "value": float(values[row, below])},
+            }
+        )
+    return found
+
+
+def tracked(summaries: dict[str, dict[str, Any]], matrix: Floats) -> dict[str, float]:
+    """Numbers for the tracker: ``rewards/NAME/mean`` and so on."""
+    metrics: dict[str, float] = {}
+    for name, summary in summaries.items():
+        for key in ("mean", "std", "pass_rate", "none_share"):
+            if key in summary:
+                metrics[f"rewards/{name}/{key}"] = float("nan") if summary[key] is None else summary[key]
+    pairs = list(itertools.combinations(enumerate(summaries), 2))
+    if len(pairs) <= MAX_PAIRS:
+        for (i, first), (j, second) in pairs:
+            metrics[f"rewards/correlation/{first}~{second}"] = float(matrix[i, j])
+    return metrics
