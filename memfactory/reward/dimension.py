@@ -86,8 +86,9 @@ class RewardDimension:
 
     @property
     def asynchronous(self) -> bool:
-        return inspect.iscoroutinefunction(innermost(self.function)) or inspect.iscoroutinefunction(
-            getattr(self.function, "__call__", None)  # noqa: B004 - an object with an async __call__
+        inner = innermost(self.function)
+        return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(
+            getattr(inner, "__call__", None)  # noqa: B004 - an object with an async __call__
         )
 
     @property
@@ -159,7 +160,7 @@ class RewardDimension:
                 if isinstance(result, str | bytes):
                     raise TypeError("text is not a number")
                 score = Score(float(result))
-            except (TypeError, ValueError) as error:
+            except Exception as error:  # float() of what a person returns can raise anything
                 raise RewardError(what, f"returned {result!r}", "return a finite number, a Score or None") from error
         if score.value is not None and not self.low <= score.value <= self.high:
             raise RewardError(
