@@ -14,10 +14,19 @@ from hypothesis import strategies as st
 from trl.trainer.utils import nanstd
 
 from memfactory.episode import Episode, StopReason, Task, Turn
-from memfactory.reward.credit import GroupState, assign_credit, group_advantages, shuffle_within_groups
+from memfactory.recipe import CreditSection
+from memfactory.reward.advantage import GroupState, group_advantages, shuffled
+from memfactory.reward.aggregate import WeightedSum
+from memfactory.reward.catalogue import WeightedDimension
+from memfactory.reward.dimension import RewardDimension
+from memfactory.reward.system import RewardSystem
+from memfactory.reward.table import codes
 from memfactory.train.rows import build_rows
 
 TASK = Task("t", (), ())
+OURS = {"group": "standardized", "none": "centered", "batch": "batch"}
+"""TRL's `scale_rewards` and what we call it."""
+scales = st.sampled_from(list(OURS))
 
 
 def episode(turns, reward, group="g"):
@@ -25,10 +34,14 @@ def episode(turns, reward, group="g"):
     return Episode(TASK, made, group=group, reward=reward)
 
 
-def credit(episodes, scale="group", assigner="broadcast"):
-    advantages = group_advantages([e.reward for e in episodes], [e.group for e in episodes], scale)
-    assign_credit(episodes, advantages.values, assigner)
-    return advantages
+def credit(episodes, scale="group", assigner="broadcast", seed=0, **options):
+    """Credit for the rewards the episodes have, by way of one dimension that repeats them."""
+    given = {id(e): e.reward for e in episodes}
+    repeat = RewardDimension("given", lambda e: given[id(e)], -math.inf, math.inf)
+    section = CreditSection(assigner=assigner, **options)
+    system = RewardSystem([WeightedDimension("given", repeat)], WeightedSum(), section)
+    system.begin().finish(episodes)
+    return system.assess(episodes, scale_rewards=scale, seed=seed)
 
 
 # ---- one episode counts once -------------------------------------------------------------------
@@ -62,13 +75,9 @@ def test_last_turn_trains_the_last_turn_alone():
     assert [sum(row.trained) for row in build_rows(episodes)] == [1, 1]
 
 
-def test_turns_must_match_advantages():
-    with pytest.raises(ValueError, match="shorter"):
-        assign_credit([episode(1, 0.0), episode(1, 1.0)], [0.0])
-
-
 # ---- against numpy and TRL ---------------------------------------------------------------------
 
+ESTIMATORS = ("standardized", "centered", "rloo", "batch", "none")
 rewards_of_groups = st.lists(
     st.lists(st.one_of(st.none(), st.floats(-10, 10).map(lambda x: round(x, 3))), min_size=4, max_size=4),
     min_size=1,
@@ -80,8 +89,8 @@ def flat(groups):
     return [r for group in groups for r in group], [f"g{i}" for i, group in enumerate(groups) for _ in group]
 
 
-@given(rewards_of_groups, st.sampled_from(["group", "none", "batch"]), st.randoms(use_true_random=False))
-def test_advantages_equal_numpy_in_any_order(groups, scale, order):
+@given(rewards_of_groups, st.sampled_from(ESTIMATORS), st.randoms(use_true_random=False))
+def test_advantages_equal_numpy_in_any_order(groups, estimator, order):
     rewards, names = flat(groups)
     everything = [r for r in rewards if r is not None]
     expected = []
@@ -90,23 +99,26 @@ def test_advantages_equal_numpy_in_any_order(groups, scale, order):
         usable = len(own) >= 2 and np.ptp(own) > 0
         for reward in group:
             if reward is None or not usable:
-                expected.append(0.0)
+                expected.append(reward or 0.0 if estimator == "none" else 0.0)
                 continue
-            divisor = {
-                "none": 1.0,
-                "group": own.std(ddof=1) + 1e-4,
-                "batch": np.std(everything, ddof=1) + 1e-4,
-            }[scale]
-            expected.append(float((reward - own.mean()) / divisor))
-    assert group_advantages(rewards, names, scale).values == pytest.approx(expected, rel=1e-9, abs=1e-9)
+            expected.append(
+                {
+                    "centered": lambda: reward - own.mean(),
+                    "standardized": lambda: (reward - own.mean()) / (own.std(ddof=1) + 1e-4),
+                    "batch": lambda: (reward - own.mean()) / (np.std(everything, ddof=1) + 1e-4),
+                    "rloo": lambda: reward - (own.sum() - reward) / (len(own) - 1),
+                    "none": lambda: reward,
+                }[estimator]()
+            )
+    assert group_advantages(rewards, names, estimator).values == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
     places = list(range(len(rewards)))
     order.shuffle(places)  # groups need not stand together
-    mixed = group_advantages([rewards[i] for i in places], [names[i] for i in places], scale)
+    mixed = group_advantages([rewards[i] for i in places], [names[i] for i in places], estimator)
     assert mixed.values == pytest.approx([expected[i] for i in places], rel=1e-9, abs=1e-9)
 
 
-@given(rewards_of_groups, st.sampled_from(["group", "none", "batch"]))
+@given(rewards_of_groups, scales)
 def test_advantages_equal_trl(groups, scale):
     """TRL 1.16 `_generate_and_score_completions`, sum_then_normalize, NaN for None."""
     assume(all(sum(r is not None for r in group) != 1 for group in groups))  # TRL's std of one value is NaN
@@ -117,22 +129,22 @@ def test_advantages_equal_trl(groups, scale):
     elif scale == "batch":
         advantages = advantages / (nanstd(values.flatten()) + 1e-4)
     expected = torch.nan_to_num(advantages, nan=0.0).flatten().tolist()
-    assert group_advantages(*flat(groups), scale).values == pytest.approx(expected, abs=1e-6)
+    assert group_advantages(*flat(groups), OURS[scale]).values == pytest.approx(expected, abs=1e-6)
 
 
-@given(rewards_of_groups, st.floats(-100, 100), st.sampled_from(["group", "none", "batch"]))
+@given(rewards_of_groups, st.floats(-100, 100), scales)
 def test_adding_a_constant_to_every_reward_changes_nothing(groups, constant, scale):
     rewards, names = flat(groups)
     shifted = [None if r is None else r + constant for r in rewards]
-    before, after = group_advantages(rewards, names, scale), group_advantages(shifted, names, scale)
+    before, after = (group_advantages(r, names, OURS[scale]) for r in (rewards, shifted))
     assert after.values == pytest.approx(before.values, abs=1e-6)
     assert after.dead_share == before.dead_share
 
 
 @given(rewards_of_groups)
 def test_advantages_of_a_group_sum_to_zero_and_none_gets_none(groups):
-    for scale in ("group", "none", "batch"):
-        values = group_advantages(*flat(groups), scale).values
+    for estimator in ("standardized", "centered", "rloo", "batch"):
+        values = group_advantages(*flat(groups), estimator).values
         for i, group in enumerate(groups):
             own = values[4 * i : 4 * i + 4]
             assert math.fsum(own) == pytest.approx(0, abs=1e-6)
@@ -142,7 +154,7 @@ def test_advantages_of_a_group_sum_to_zero_and_none_gets_none(groups):
 def test_a_failed_measurement_is_not_a_zero():
     """[1, 1, None]: with the None as 0 the two good ones would be rewarded; without it there is nothing to learn."""
     advantages = group_advantages([1.0, 1.0, None], ["g"] * 3)
-    assert advantages.values == [0.0, 0.0, 0.0]
+    assert advantages.values.tolist() == [0.0, 0.0, 0.0]
     assert group_advantages([1.0, 0.0, None], ["g"] * 3).values == pytest.approx(
         [*group_advantages([1.0, 0.0], ["g"] * 2).values, 0.0]
     )
@@ -161,7 +173,7 @@ def test_states_of_groups():
         "none measured": [None, None],
     }
     result = group_advantages([r for own in rewards.values() for r in own], [n for n in rewards for _ in range(2)])
-    assert result.groups == {
+    assert dict(zip(rewards, result.states, strict=True)) == {
         "signal": GroupState.SIGNAL,
         "solved": GroupState.SOLVED,
         "failed": GroupState.FAILED,
@@ -175,18 +187,18 @@ def test_states_of_groups():
 
 
 def test_a_batch_of_zeros_failed_and_a_batch_of_ones_is_solved():
-    assert group_advantages([0.0, 0.0], ["a", "a"]).groups == {"a": GroupState.FAILED}
-    assert group_advantages([1.0, 1.0], ["a", "a"]).groups == {"a": GroupState.SOLVED}
+    assert group_advantages([0.0, 0.0], ["a", "a"]).states == [GroupState.FAILED]
+    assert group_advantages([1.0, 1.0], ["a", "a"]).states == [GroupState.SOLVED]
 
 
 def test_rounding_is_no_signal():
     """0.1 + 0.2 and 0.3 are the same reward; divided by a std of 1e-17 they would not be."""
-    assert group_advantages([0.1 + 0.2, 0.3], ["g", "g"]).values == [0.0, 0.0]
+    assert group_advantages([0.1 + 0.2, 0.3], ["g", "g"]).values.tolist() == [0.0, 0.0]
 
 
 def test_no_episodes_at_all():
     nothing = group_advantages([], [])
-    assert (nothing.values, nothing.groups) == ([], {})
+    assert (nothing.values.tolist(), nothing.states) == ([], [])
     assert math.isfinite(nothing.dead_share)
 
 
@@ -197,22 +209,22 @@ def test_no_episodes_at_all():
 def test_shuffle_keeps_the_rewards_of_each_group(groups, seed):
     rewards, names = flat(groups)
     episodes = [episode(1, reward, name) for reward, name in zip(rewards, names, strict=True)]
-    shuffle_within_groups(episodes, seed)
+    credit(episodes, seed=seed, shuffle_rewards=True)
     for name in set(names):
         before = Counter(r for r, n in zip(rewards, names, strict=True) if n == name)
         assert Counter(e.reward for e in episodes if e.group == name) == before
     again = [episode(1, reward, name) for reward, name in zip(rewards, names, strict=True)]
-    shuffle_within_groups(again, seed)
+    credit(again, seed=seed, shuffle_rewards=True)
     assert [e.reward for e in again] == [e.reward for e in episodes]
+    # what is learned from is what is shown
+    expected = group_advantages([e.reward for e in episodes], names)
+    assert [e.advantage for e in episodes] == expected.values.tolist()
 
 
 def test_shuffled_rewards_say_nothing_about_the_episode():
     """Over 4000 seeds the best of eight episodes keeps its reward one time in eight."""
-    kept = 0
-    for seed in range(4000):
-        episodes = [episode(1, float(number == 7)) for number in range(8)]
-        shuffle_within_groups(episodes, seed)
-        kept += episodes[7].reward == 1.0
+    rewards, groups = np.arange(8) == 7, codes(["g"] * 8)
+    kept = sum(shuffled(rewards.astype(float), groups, seed)[7] == 1.0 for seed in range(4000))
     assert kept / 4000 == pytest.approx(1 / 8, abs=0.02)  # 3.8 standard errors
 
 

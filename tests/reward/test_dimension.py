@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from memfactory import Answer, Episode, Probe, Score, StopReason, Task, Turn, reward
 from memfactory.errors import RecipeError, RewardError
-from memfactory.reward.aggregate import WeightedDimension, load_dimension, score_episodes
-from memfactory.reward.dimension import RewardDimension
+from memfactory.reward.aggregate import WeightedSum
+from memfactory.reward.catalogue import WeightedDimension, load_dimension
+from memfactory.reward.dimension import RewardDimension, Role
+from memfactory.reward.system import RewardSystem
 
 
 def episode(text="Paris", gold=("Paris",), task="task-7"):
@@ -39,6 +41,7 @@ def dimension(result, **options):
         (True, 1.0),
         (np.float32(0.25), 0.25),
         (torch.tensor(0.75), 0.75),
+        (torch.tensor([0.75]), 0.75),
         (Score(0.5), 0.5),
     ],
 )
@@ -62,6 +65,8 @@ def test_none_is_no_zero(result):
         ("good", "'good'"),
         ([0.5], r"\[0.5\]"),
         ({}, "{}"),
+        (torch.tensor([0.25, 0.75]), "0.25"),
+        pytest.param(10**400, "1000", id="10**400"),
         (1.5, r"outside its range \[0.0, 1.0\]"),
         (-1e-9, "outside its range"),
         (KeyError("answer"), "KeyError: 'answer'"),
@@ -106,7 +111,36 @@ def test_decorator_with_and_without_range():
     assert ranged(episode()).value == 2.0
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"low": 1.0, "high": 0.0}, "below"),
+        ({"scope": "module"}, "names one"),
+        ({"scope": "turn", "module": "write"}, "names one"),
+        ({"scope": "turn", "batched": True}, "scope 'episode'"),
+        ({"role": "shaping"}, "cancels out"),
+        ({"role": "gate", "high": math.inf}, "finite range"),
+        ({"role": "gatee"}, "gatee"),
+        ({"scope": "episodes"}, "episodes"),
+        ({"missing": "zero"}, "zero"),
+    ],
+)
+def test_a_declaration_that_contradicts_itself_is_refused(options, says):
+    with pytest.raises(ValueError, match=says):
+        reward(lambda episode: 0.0, **options)
+
+
+def test_naming_a_module_implies_the_scope():
+    made = reward(lambda episode, turn: 0.0, module=("write", "answer"))
+    assert (made.scope, made.modules) == ("module", ("write", "answer"))
+
+
 # ---- from scores to one reward -----------------------------------------------------------------
+
+
+def score(episodes, dimensions):
+    """TRL's rule: the plain weighted sum."""
+    return RewardSystem(dimensions, WeightedSum()).score(episodes)
 
 
 def weighted(*pairs):
@@ -116,17 +150,17 @@ def weighted(*pairs):
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(-3, 3)), min_size=1, max_size=5))
 def test_reward_is_the_weighted_sum(pairs):
     one = episode()
-    score_episodes([one], weighted(*pairs))
+    score([one], weighted(*pairs))
     assert one.reward == pytest.approx(sum(value * weight for value, weight in pairs), abs=1e-9)
     assert [one.scores[f"d{i}"].value for i in range(len(pairs))] == [value for value, _ in pairs]
 
 
 def test_one_unmeasured_dimension_leaves_no_reward_and_weight_zero_does_not_count():
     one = episode()
-    faults = score_episodes([one], weighted((1.0, 1.0), (None, 0.5)))
+    faults = score([one], weighted((1.0, 1.0), (None, 0.5)))
     assert one.reward is None
     assert faults.count == {}  # the function said so itself
-    score_episodes([one], weighted((1.0, 1.0), (None, 0.0)))
+    score([one], weighted((1.0, 1.0), (None, 0.0)))
     assert one.reward == 1.0
     assert one.scores["d1"].value is None
 
@@ -136,7 +170,7 @@ def test_a_function_that_raises_on_one_episode_costs_that_episode():
         return 1 / len(episode.answers[0].text)
 
     episodes = [episode("abcd"), episode(""), episode("ab")]
-    faults = score_episodes(episodes, [WeightedDimension("picky", RewardDimension("picky", picky), 2.0)])
+    faults = score(episodes, [WeightedDimension("picky", RewardDimension("picky", picky), 2.0)])
     assert [e.reward for e in episodes] == [0.5, None, 1.0]
     assert faults.count == {"reward": 1}
     assert "ZeroDivisionError" in faults.examples[0]
@@ -144,8 +178,19 @@ def test_a_function_that_raises_on_one_episode_costs_that_episode():
 
 
 def test_examples_are_few_and_counts_are_all():
-    faults = score_episodes([episode() for _ in range(50)], weighted((ValueError("no"), 1.0)))
+    faults = score([episode() for _ in range(50)], weighted((ValueError("no"), 1.0)))
     assert (faults.count, len(faults.examples)) == ({"reward": 50}, 3)
+    assert faults.by_dimension == {"d0": 50}
+
+
+def test_the_default_gates():
+    """Without another aggregator utility is a weighted mean and a failed gate takes it all but away."""
+    gate = WeightedDimension("gate", dimension(0.0, role=Role.GATE))
+    one = episode()
+    RewardSystem(weighted((1.0, 3.0), (0.0, 1.0))).score([one])
+    assert one.reward == pytest.approx(0.75)
+    RewardSystem([*weighted((1.0, 3.0), (0.0, 1.0)), gate]).score([one])
+    assert one.reward == pytest.approx(0.75 * 0.01 / 1.01)
 
 
 # ---- the shipped ones --------------------------------------------------------------------------
