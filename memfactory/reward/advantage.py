@@ -103,18 +103,20 @@ def advantages(rewards: Floats, groups: Ints, estimator: Estimator = "standardiz
             values = (rewards - group_mean(rewards, groups)[groups]) / divisors
         values = np.where(measured & live[groups], np.nan_to_num(values), 0.0)
     states = [
-        GroupState.UNMEASURED
-        if not enough[g]
-        else GroupState.SIGNAL
-        if live[g]
-        else GroupState.SOLVED
-        if highest[g] == best and best > 0
-        else GroupState.FAILED
-        if highest[g] == best or highest[g] == worst
-        else GroupState.TIED
-        for g in range(size)
+        _state(*group, best, worst) for group in zip(enough.tolist(), live.tolist(), highest.tolist(), strict=True)
     ]
     return Advantages(values, divisors, states)
+
+
+def _state(enough: bool, live: bool, value: float, best: float, worst: float) -> GroupState:
+    """State of a group; `value` is its highest reward, hence every one's where the group is not live."""
+    if not enough:
+        return GroupState.UNMEASURED
+    if live:
+        return GroupState.SIGNAL
+    if value == best and value > 0:
+        return GroupState.SOLVED
+    return GroupState.FAILED if value in (best, worst) else GroupState.TIED
 
 
 def group_advantages(

@@ -29,7 +29,7 @@ def summarise(column: Column, values: Floats, reasons: Counter[str]) -> dict[str
     Returns:
         mean, std (Bessel-corrected), none_share, for a gate pass_rate (None fails), and the reasons.
     """
-    known = values[np.isfinite(values)]
+    known = values[np.isfinite(values)]  # (number measured,)
     summary: dict[str, Any] = {
         "role": str(column.role),
         "weight": column.weight,
@@ -63,24 +63,47 @@ def correlations(values: Floats) -> Floats:
     return np.where(np.isfinite(result), np.clip(result, -1.0, 1.0), np.nan)
 
 
+def ranks(values: Floats) -> Floats:
+    """Share of the other episodes that each one beats on each dimension, ties counting half. (N, D) -> (N, D)
+
+    NaN where a score is missing.
+    """
+    columns = np.ascontiguousarray(values.T)  # (D, N)
+    width, size = columns.shape
+    order = np.argsort(columns, axis=1)  # NaN last
+    ordered = np.take_along_axis(columns, order, axis=1)
+    first = np.ones((width, size), dtype=bool)  # whether a new value begins here
+    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    run = np.cumsum(first.ravel()) - 1
+    length = np.bincount(run)
+    middle = np.cumsum(length) - (length + 1) / 2  # position in the middle of its run, over all columns in a row
+    places = middle[run].reshape(width, size) - size * np.arange(width)[:, None]
+    result = np.empty((width, size))
+    np.put_along_axis(result, order, places, axis=1)
+    known = np.isfinite(columns)
+    result /= np.maximum(known.sum(axis=1) - 1, 1)[:, None]
+    return np.where(known, result, np.nan).T
+
+
 def disagreements(values: Floats, columns: Sequence[Column], ids: Sequence[str]) -> list[dict[str, Any]]:
     """Episodes that one dimension puts high and another puts low, the widest apart first.
 
-    Scores are standardised over the batch; the gap is the difference of an episode's highest and lowest, in standard
-    deviations. Such episodes are where a reward is gamed or wrong, and cheap to look at.
+    The gap is the difference of an episode's highest and lowest :func:`ranks`, between 0 and 1. Such episodes are
+    where a reward is gamed or wrong, and cheap to look at.
     """
-    keep = [k for k, c in enumerate(columns) if c.role in (Role.GATE, Role.OBJECTIVE, Role.BONUS)]
-    if len(keep) < 2 or not len(values):
+    # a constant dimension ranks nobody
+    keep = [
+        k
+        for k, column in enumerate(columns)
+        if column.role is not Role.SHAPING and np.unique(values[np.isfinite(values[:, k]), k]).size > 1
+    ]
+    if len(keep) < 2:
         return []
-    own = values[:, keep]
-    known = np.isfinite(own)
-    mean = np.nan_to_num(own).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
-    std = np.sqrt((np.where(known, own - mean, 0.0) ** 2).sum(axis=0) / np.maximum(known.sum(axis=0) - 1, 1))
-    scaled = np.where(known & (std > 1e-12), (own - mean) / np.where(std > 1e-12, std, 1.0), np.nan)
-    high = np.where(np.isnan(scaled), -np.inf, scaled).argmax(axis=1)
-    low = np.where(np.isnan(scaled), np.inf, scaled).argmin(axis=1)
+    placed = ranks(values[:, keep])
+    high = np.where(np.isnan(placed), -np.inf, placed).argmax(axis=1)
+    low = np.where(np.isnan(placed), np.inf, placed).argmin(axis=1)
     rows = np.arange(len(values))
-    gap = np.nan_to_num(scaled[rows, high] - scaled[rows, low])
+    gap = np.nan_to_num(placed[rows, high] - placed[rows, low])
     found = []
     for row in np.argsort(-gap, kind="stable")[:DISAGREEMENTS]:
         if gap[row] <= 0:

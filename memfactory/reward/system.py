@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from memfactory.reward.catalogue import WeightedDimension, build_dimensions
 from memfactory.reward.credit import Assigner, CreditBatch, build_assigner, turn_advantages
 from memfactory.reward.dimension import Role, innermost
 from memfactory.reward.measure import Faults, Gather, Measuring
-from memfactory.reward.table import Floats, Ints, ScoreTable, codes
+from memfactory.reward.table import Bools, Floats, Ints, ScoreTable, codes
 
 if TYPE_CHECKING:
     from memfactory.reward.judge import Judge
@@ -52,14 +52,17 @@ class Assessment:
         return int(np.isnan(self.rewards).sum())
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Turns:
-    """Scores of M turns on the dimensions of turns, in episode order."""
+    """The M turns of a batch, in episode order."""
 
-    episode: list[int] = field(default_factory=list)
-    module: list[str] = field(default_factory=list)
-    occurrence: list[int] = field(default_factory=list)
-    scores: list[dict[str, Score]] = field(default_factory=list)
+    episode: Ints
+    """(M,) index of the episode."""
+    module: list[str]
+    slot: Ints
+    """(M,) code of group, module and how many turns of that module came before."""
+    last: Bools
+    """(M,)"""
 
 
 class RewardSystem:
@@ -88,6 +91,9 @@ class RewardSystem:
         self.credit = credit or CreditSection()
         self.assigner: Assigner = build_assigner(self.credit.assigner)
         self._loop = BackgroundLoop()
+        self._names = [weighted.name for weighted in self.dimensions]
+        self._of_turns = [k for k, weighted in enumerate(self.dimensions) if weighted.dimension.per_turn]
+        self._of_episodes = [k for k in range(len(self._names)) if k not in self._of_turns]
         errors = check_columns(self.aggregator, [weighted.column for weighted in self.dimensions])
         if errors:
             raise RecipeErrors("rewards", errors)
@@ -144,31 +150,25 @@ class RewardSystem:
 
     def reward(self, episodes: Sequence[Episode]) -> Aggregate:
         """Aggregate the scores `episodes` have into their `reward`."""
-        aggregate = self.aggregator(self._table(_rows(episodes, self._names), codes([e.group for e in episodes])))
+        table = self._table([_row(episode, self._names) for episode in episodes], codes([e.group for e in episodes]))
+        aggregate = self.aggregator(table.select(self._of_episodes))
         for episode, value in zip(episodes, aggregate.reward.tolist(), strict=True):
             episode.reward = None if np.isnan(value) else value
         return aggregate
 
-    @property
-    def _names(self) -> list[str]:
-        return [weighted.name for weighted in self.dimensions]
-
-    def _where(self, *, per_turn: bool) -> list[int]:
-        return [k for k, weighted in enumerate(self.dimensions) if weighted.dimension.per_turn == per_turn]
-
-    def _values(self, rows: Sequence[Sequence[float | None]]) -> Floats:
-        """Rows of scores as transformed numbers. (n, D), NaN where None."""
-        values = np.array(rows, dtype=np.float64).reshape(len(rows), len(self.dimensions))
-        for k, weighted in enumerate(self.dimensions):
-            if weighted.transform is not None:
-                own = weighted.dimension
-                values[:, k] = weighted.transform(values[:, k], own.low, own.high)
+    def _values(self, rows: Sequence[Sequence[float | None]], keep: Sequence[int]) -> Floats:
+        """Rows of scores on the dimensions `keep` as transformed numbers. (n, len(keep)), NaN where None."""
+        values = np.array(rows, dtype=np.float64).reshape(len(rows), len(keep))
+        for place, k in enumerate(keep):
+            transform, own = self.dimensions[k].transform, self.dimensions[k].dimension
+            if transform is not None:
+                values[:, place] = transform(values[:, place], own.low, own.high)
         return values
 
     def _table(self, rows: Sequence[Sequence[float | None]], groups: Ints) -> ScoreTable:
-        """The dimensions of episodes, for the aggregator."""
+        """All dimensions, of episodes; those of turns by their mean."""
         columns = tuple(weighted.column for weighted in self.dimensions)
-        return ScoreTable(self._values(rows), columns, groups).select(self._where(per_turn=False))
+        return ScoreTable(self._values(rows, range(len(columns))), columns, groups)
 
     # ---- rewards, advantages, credit ----------------------------------------------------------
 
@@ -204,28 +204,24 @@ class RewardSystem:
         """
         faults = faults or Faults()
         everyone = gather or (lambda items: items)
-        names = self._names
-        own = [_compact(episode, names, self._where(per_turn=True)) for episode in episodes]
+        names_of_turns = [self._names[k] for k in self._of_turns]
+        own = [_compact(episode, self._names, names_of_turns) for episode in episodes]
         batch: list[_Compact] = everyone(own)
         all_faults: list[Faults] = everyone([faults])
-        groups = codes([item.group for item in batch])
-        columns = tuple(weighted.column for weighted in self.dimensions)
-        values = self._values([item.row for item in batch])
-        table = ScoreTable(values, columns, groups)
-        aggregate = self.aggregator(table.select(self._where(per_turn=False)))
+        table = self._table([item.row for item in batch], codes([item.group for item in batch]))
+        groups = table.groups
+        aggregate = self.aggregator(table.select(self._of_episodes))
         rewards = aggregate.reward
         self._refuse_failures(rewards, all_faults, max_failed_share)
 
-        turns = _turns(batch)
-        turn_values = self._values([[_value(s.get(n)) for n in names] for s in turns.scores])
-        places = zip(groups[turns.episode].tolist(), turns.module, turns.occurrence, strict=True)
-        slots = codes(list(places))  # the same turn of the episodes of a group
-        turn_rewards = self._turn_rewards(turn_values, turns, slots)
+        turns = _turns(batch, groups)
+        turn_values = self._values([row for item in batch for row in item.turn_rows], self._of_turns)
+        turn_rewards = self._turn_rewards(turn_values, turns)
         signal = rewards if aggregate.signal is None else aggregate.signal
         if self.credit.shuffle_rewards:
             order = shuffled(np.arange(len(rewards), dtype=np.float64), groups, seed).astype(np.int64)
             rewards, signal = rewards[order], signal[order]
-            turn_rewards = shuffled(turn_rewards, slots, seed)
+            turn_rewards = shuffled(turn_rewards, turns.slot, seed)
         estimator = self.estimator(scale_rewards)
         result = advantages(signal, groups, estimator, self.credit.std_floor)
         credit = CreditBatch(
@@ -233,17 +229,17 @@ class RewardSystem:
             result.values,
             result.divisors,
             groups,
-            np.array(turns.episode, dtype=np.int64),
+            turns.episode,
             turns.module,
-            slots,
-            _last(turns.episode),
+            turns.slot,
+            turns.last,
             turn_rewards,
             self._potentials(turn_values, turns),
         )
-        mixed = any(self._counts(k) for k in self._where(per_turn=True))
+        mixed = any(self._counts(k) for k in self._of_turns)
         per_turn = turn_advantages(credit, self.credit, estimator, self.assigner, mixed=mixed)
         first = rank * len(episodes)
-        _write(episodes, rewards[first:], result.values[first:], per_turn[_offset(turns.episode, first) :])
+        _write(episodes, rewards[first:], result.values[first:], per_turn[np.searchsorted(turns.episode, first) :])
 
         metrics, record = self._statistics(batch, table, turn_values, turns, all_faults)
         metrics |= {f"reward/{name}": _nanmean(part) for name, part in aggregate.parts.items()}
@@ -257,48 +253,49 @@ class RewardSystem:
         weighted = self.dimensions[k]
         return weighted.weight != 0 and weighted.dimension.role is not Role.SHAPING
 
-    def _speakers(self, module: str, turns: _Turns) -> list[int]:
-        return [
-            k
-            for k in self._where(per_turn=True)
-            if not self.dimensions[k].dimension.modules or module in self.dimensions[k].dimension.modules
-        ]
+    def _turn_rewards(self, values: Floats, turns: _Turns) -> Floats:
+        """Rewards of turns, by the same aggregator, from the dimensions that speak about their module. (M,)
 
-    def _turn_rewards(self, values: Floats, turns: _Turns, slots: Ints) -> Floats:
-        """Rewards of turns, by the same aggregator, from the dimensions that speak about their module. (M,)"""
+        Args:
+            values: (M, number of dimensions of turns).
+            turns: of the batch.
+        """
         rewards = np.full(len(turns.episode), np.nan)
         modules = np.array(turns.module, dtype=object)
-        for module in dict.fromkeys(turns.module):
-            keep = [k for k in self._speakers(module, turns) if self._counts(k)]
+        for module in dict.fromkeys(turns.module) if self._of_turns else ():
+            keep = [place for place, k in enumerate(self._of_turns) if self._counts(k) and self._speaks(k, module)]
             if not keep:
                 continue
             rows = np.flatnonzero(modules == module)
-            columns = tuple(self.dimensions[k].column for k in keep)
-            groups = np.unique(slots[rows], return_inverse=True)[1].astype(np.int64)
+            columns = tuple(self.dimensions[self._of_turns[place]].column for place in keep)
+            groups = np.unique(turns.slot[rows], return_inverse=True)[1].astype(np.int64)
             aggregate = self.aggregator(ScoreTable(values[rows][:, keep], columns, groups))
             rewards[rows] = aggregate.reward if aggregate.signal is None else aggregate.signal
         return rewards
 
+    def _speaks(self, k: int, module: str) -> bool:
+        modules = self.dimensions[k].dimension.modules
+        return not modules or module in modules
+
     def _potentials(self, values: Floats, turns: _Turns) -> Floats:
-        """Potential of the state after every turn, (M,): sum_k weight_k Phi_k.
+        """Potential of the state after every turn, (M,): sum_k weight_k Phi_k; NaN where there is none.
 
         A turn that a potential does not speak about leaves it where it was. One that could not be measured is NaN, and
         its episode is not shaped.
         """
         total = np.zeros(len(turns.episode))
-        keep = [k for k in self._where(per_turn=True) if self.dimensions[k].dimension.role is Role.SHAPING]
-        keep = [k for k in keep if self.dimensions[k].weight != 0]
-        if not keep:
+        shaping = [(p, k) for p, k in enumerate(self._of_turns) if self.dimensions[k].dimension.role is Role.SHAPING]
+        shaping = [(place, k) for place, k in shaping if self.dimensions[k].weight != 0]
+        if not shaping:
             return np.full(len(turns.episode), np.nan)
-        for k in keep:
-            weighted, held, episode = self.dimensions[k], 0.0, -1
-            modules = weighted.dimension.modules
-            for row, (owner, module) in enumerate(zip(turns.episode, turns.module, strict=True)):
+        for place, k in shaping:
+            held, episode = 0.0, -1
+            for row, (owner, module) in enumerate(zip(turns.episode.tolist(), turns.module, strict=True)):
                 held = held if owner == episode else 0.0
                 episode = owner
-                if not modules or module in modules:
-                    held = values[row, k]
-                total[row] += weighted.weight * held
+                if self._speaks(k, module):
+                    held = values[row, place]
+                total[row] += self.dimensions[k].weight * held
         return total
 
     def _refuse_failures(self, rewards: Floats, faults: Sequence[Faults], limit: float) -> None:
@@ -328,12 +325,13 @@ class RewardSystem:
         for k, weighted in enumerate(self.dimensions):
             name, column = weighted.name, weighted.column
             values = table.values[:, k]
-            reasons = Counter(item.reasons[k] for item in batch if item.reasons[k])
+            reasons: Counter[str] = Counter()
             if weighted.dimension.per_turn:
-                modules = weighted.dimension.modules
-                rows = [row for row, module in enumerate(turns.module) if not modules or module in modules]
-                values = turn_values[rows, k]
-                reasons = Counter(s.reason for row in rows if (s := turns.scores[row].get(name)) and s.value is None)
+                place = self._of_turns.index(k)
+                rows = [row for row, module in enumerate(turns.module) if self._speaks(k, module)]
+                values = turn_values[rows, place]
+            if np.isnan(values).any():
+                reasons.update(item.reasons[k] for item in batch if item.reasons and item.reasons[k])
             summaries[name] = {"scope": str(weighted.dimension.scope), **statistics.summarise(column, values, reasons)}
         matrix = statistics.correlations(table.values)
         counts: Counter[str] = sum((Counter(own.count) for own in faults), Counter())
@@ -382,7 +380,7 @@ class RewardSystem:
                 part.load_state_dict(state["parts"][name])
 
 
-@dataclass
+@dataclass(slots=True)
 class _Compact:
     """What ranks tell each other of an episode: scores without texts and tokens."""
 
@@ -390,62 +388,65 @@ class _Compact:
     group: str
     row: list[float | None]
     reasons: list[str]
-    turns: list[tuple[str, dict[str, Score]]]
+    """Why scores are None; empty when none is."""
+    modules: tuple[str, ...]
+    """Of its turns."""
+    turn_rows: list[list[float | None]]
+    """Scores of its turns on the dimensions of turns."""
 
 
-def _compact(episode: Episode, names: Sequence[str], per_turn: Sequence[int]) -> _Compact:
-    scores = [episode.scores[name] for name in names]
-    own = {names[k] for k in per_turn}
-    return _Compact(
-        episode.id,
-        episode.group,
-        row=[score.value for score in scores],
-        reasons=["" if score.value is not None else score.reason for score in scores],
-        turns=[(t.module, {n: s for n, s in t.scores.items() if n in own} if own else {}) for t in episode.turns],
-    )
+def _row(episode: Episode, names: Sequence[str]) -> list[float | None]:
+    scores = episode.scores
+    return [scores[name].value for name in names]
 
 
-def _rows(episodes: Sequence[Episode], names: Sequence[str]) -> list[list[float | None]]:
-    return [[episode.scores[name].value for name in names] for episode in episodes]
+def _compact(episode: Episode, names: Sequence[str], names_of_turns: Sequence[str]) -> _Compact:
+    row = _row(episode, names)
+    reasons = []
+    if None in row:
+        reasons = [score.reason if score.value is None else "" for score in (episode.scores[name] for name in names)]
+    turn_rows = []
+    if names_of_turns:
+        turn_rows = [[_value(turn.scores.get(name)) for name in names_of_turns] for turn in episode.turns]
+    modules = tuple([turn.module for turn in episode.turns])
+    return _Compact(episode.id, episode.group, row, reasons, modules, turn_rows)
 
 
 def _value(score: Score | None) -> float | None:
     return None if score is None else score.value
 
 
-def _turns(batch: Sequence[_Compact]) -> _Turns:
-    turns = _Turns()
-    for index, item in enumerate(batch):
-        seen: Counter[str] = Counter()
-        for module, scores in item.turns:
-            turns.episode.append(index)
-            turns.module.append(module)
-            turns.occurrence.append(seen[module])
-            turns.scores.append(scores)
-            seen[module] += 1
-    return turns
-
-
-def _last(episode: Sequence[int]) -> Any:
-    owners = np.array(episode, dtype=np.int64)
-    return np.append(owners[1:] != owners[:-1], True) if owners.size else np.zeros(0, dtype=bool)
-
-
-def _offset(episode: Sequence[int], first: int) -> int:
-    """Index of the first turn of episode `first`."""
-    return int(np.searchsorted(np.array(episode, dtype=np.int64), first))
+def _turns(batch: Sequence[_Compact], groups: Ints) -> _Turns:
+    lengths = np.array([len(item.modules) for item in batch], dtype=np.int64)
+    episode = np.repeat(np.arange(len(batch)), lengths)
+    kinds: dict[tuple[str, int], int] = {}  # (module, occurrence) -> number
+    known: dict[tuple[str, ...], list[int]] = {}  # most episodes have the same sequence of modules
+    places: list[int] = []
+    for item in batch:
+        own = known.get(item.modules)
+        if own is None:
+            seen: Counter[str] = Counter()
+            own = known[item.modules] = []
+            for module in item.modules:
+                own.append(kinds.setdefault((module, seen[module]), len(kinds)))
+                seen[module] += 1
+        places += own
+    labels = groups[episode] * max(len(kinds), 1) + np.array(places, dtype=np.int64)
+    slot = np.unique(labels, return_inverse=True)[1].astype(np.int64)
+    last = np.append(episode[1:] != episode[:-1], True) if episode.size else np.zeros(0, dtype=bool)
+    return _Turns(episode, [module for item in batch for module in item.modules], slot, last)
 
 
 def _write(episodes: Sequence[Episode], rewards: Floats, values: Floats, per_turn: Floats) -> None:
+    trained, shares = (~np.isnan(per_turn)).tolist(), np.nan_to_num(per_turn).tolist()
     position = 0
     for episode, reward, advantage in zip(episodes, rewards.tolist(), values.tolist(), strict=False):
-        episode.reward = None if np.isnan(reward) else reward
+        episode.reward = None if reward != reward else reward  # NaN
         episode.advantage = advantage
         for turn in episode.turns:
-            own = float(per_turn[position])
+            turn.advantage = shares[position]
+            turn.trainable = turn.trainable and trained[position]
             position += 1
-            turn.trainable = turn.trainable and not np.isnan(own)
-            turn.advantage = 0.0 if np.isnan(own) else own
 
 
 def _nanmean(values: Floats) -> float:
