@@ -42,18 +42,31 @@ function ticks(low, high, count, whole = false) {
   let step = [1, 2, 5, 10].map((factor) => factor * power).find((candidate) => candidate >= rough * 0.999);
   if (whole) step = Math.max(1, Math.round(step));
   const found = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(Number((i * step).toPrecision(12)));
+  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(Number((i * step).toPrecision(12)) + 0); // + 0: no -0
   return found;
 }
 
 // ----------------------------------------------------------------------------------------- charts
 
-const dimensions = [...new Set(data.metrics.train.flatMap(([, values]) => Object.keys(values)))]
-  .map((key) => /^rewards\/(.+)\/mean$/.exec(key)?.[1])
-  .filter((name) => name !== undefined);
+/** Names X of the training metrics that are called `before`X`after`. */
+const named = (before, after = "") => [...new Set(data.metrics.train.flatMap(([, values]) => Object.keys(values)))]
+  .filter((key) => key.startsWith(before) && key.endsWith(after) && key.length > before.length + after.length)
+  .map((key) => key.slice(before.length, key.length - after.length));
 
-// A series is [metric name, label]; `share` fixes the axis to 0..100 %, `zero` starts it at 0, and
-// `parts` says that the later series make up the first, so those that are always 0 are left out.
+const COLOURS = 6;
+/** One chart, or as many as it takes for each series to have a colour of its own. */
+function split(spec) {
+  const count = Math.ceil(spec.series.length / COLOURS);
+  return Array.from({ length: count }, (_, i) => ({ ...spec, title: count > 1 ? `${spec.title}, ${i + 1} of ${count}` : spec.title,
+    series: spec.series.slice(i * COLOURS, (i + 1) * COLOURS) }));
+}
+
+// a fault class is logged only at the steps where it occurred
+const faults = named("faults/");
+for (const [, values] of data.metrics.train) for (const name of faults) values[`faults/${name}`] ??= 0;
+
+// A series is [metric name, label]; `place` is the element it goes to, `share` fixes the axis to 0..100 %, `zero` starts it at 0, and
+// `parts` says that the later series make up the first, so those that are always 0 are left out; `some` leaves out any such.
 const CHARTS = [
   { title: "Accuracy", note: "Held-out tasks.", phase: "eval", share: true,
     series: [["sampled_em", "sampled"], ["greedy_em", "greedy"]] },
@@ -64,8 +77,6 @@ const CHARTS = [
   { title: "Dead groups", note: "Groups whose episodes all got the same reward: they teach nothing.", phase: "train", share: true,
     series: [["groups/dead_share", "dead"], ["groups/solved_share", "all right"], ["groups/failed_share", "all wrong"],
              ["groups/tied_share", "all equal"], ["groups/unmeasured_share", "not measured"]], parts: true },
-  { title: "Reward dimensions", note: "Mean of each, before weighting.", phase: "train",
-    series: dimensions.map((name) => [`rewards/${name}/mean`, name]) },
   { title: "Entropy", note: "Of the policy, in nats per token.", phase: "train", zero: true, series: [["entropy", "entropy"]] },
   { title: "Turns", note: "Decisions of the policy per episode.", phase: "train", zero: true, series: [["turns/per_episode", "per episode"]] },
   { title: "Rows", note: "Training sequences per step; rows of dead groups are not trained.", phase: "train", zero: true,
@@ -88,6 +99,21 @@ const CHARTS = [
   { title: "Warm-up loss", note: "Supervised steps before training.", phase: "warmup", more: true, zero: true, series: [["loss", "loss"]] },
 ];
 
+const series = (names, key) => names.map((name) => [`rewards/${name}/${key}`, name]);
+const REWARD_CHARTS = [
+  ...split({ title: "Reward dimensions", note: "Mean of each, before weighting.", series: series(named("rewards/", "/mean"), "mean") }),
+  ...split({ title: "Gate pass rate", note: "Share of scores at or above the gate's threshold; without a score it fails.", share: true,
+    series: series(named("rewards/", "/pass_rate"), "pass_rate") }),
+  ...split({ title: "Parts of the reward", note: "What the aggregator makes it of, mean over the episodes.", zero: true,
+    series: named("reward/").map((name) => [`reward/${name}`, name]) }),
+  ...split({ title: "Not measured", note: "Share of scores that are None, of dimensions that have some.", share: true, some: true,
+    series: series(named("rewards/", "/none_share"), "none_share") }),
+  ...split({ title: "Faults", note: "Failed measurements per step, by whose fault they are.", zero: true, some: true,
+    series: faults.map((name) => [`faults/${name}`, name]) }),
+].map((spec) => ({ ...spec, phase: "train", place: "reward-charts" }));
+const SPREAD_CHARTS = named("rewards/", "/std").map((name) => ({ title: name, note: "The band is one standard deviation.",
+  phase: "train", place: "reward-more-charts", series: [[`rewards/${name}/mean`, "mean"]], band: `rewards/${name}/std` }));
+
 /** At most `limit` [step, values] lines: neighbours are averaged, so that long runs stay readable. */
 function condense(lines, keys, limit) {
   const width = Math.ceil(lines.length / limit);
@@ -109,7 +135,7 @@ function addChart(spec) {
   const all = data.metrics[spec.phase];
   // [metric name, label, colour]: a series keeps its colour when another one is missing
   const series = spec.series.map(([key, label], index) => [key, label, `s${index}`])
-    .filter(([key], index) => all.some(([, values]) => (spec.parts && index ? values[key] > 0 : Number.isFinite(values[key]))));
+    .filter(([key], index) => all.some(([, values]) => (spec.some || (spec.parts && index) ? values[key] > 0 : Number.isFinite(values[key]))));
   if (!series.length) return;
   const keys = [...series.map(([key]) => key), ...(spec.band ? [spec.band] : [])];
   const known = all.filter(([, values]) => series.some(([key]) => Number.isFinite(values[key])));
@@ -125,7 +151,7 @@ function addChart(spec) {
     el("li", { className: colour }, el("i"), `${label} `, el("b", {}, format(last(key))))));
   const card = el("figure", { className: spec.wide ? "chart wide" : "chart" },
     el("figcaption", {}, el("h3", {}, spec.title), el("p", {}, note.join(" "))), legend, plot, tip);
-  byId(spec.more ? "more-charts" : "charts").append(card);
+  byId(spec.place || (spec.more ? "more-charts" : "charts")).append(card);
 
   const spoken = series.map(([key, label]) => {
     const values = known.map(([step, line]) => [step, line[key]]).filter(([, value]) => Number.isFinite(value));
@@ -252,9 +278,114 @@ function bandPath(lines, key, spread, x, y) {
   return known.length > 1 ? `M${[...side(1), ...side(-1).reverse()].join("L")}Z` : "";
 }
 
-CHARTS.forEach(addChart);
+[...CHARTS, ...REWARD_CHARTS, ...SPREAD_CHARTS].forEach(addChart);
 if (!byId("charts").children.length) byId("charts").append(el("p", { className: "empty" }, "No metrics yet."));
-byId("more").hidden = !byId("more-charts").children.length;
+for (const name of ["more", "reward-more"]) byId(name).hidden = !byId(`${name}-charts`).children.length;
+
+// ---------------------------------------------------------------------------------------- rewards
+
+const known = (value, format = show.number) => (Number.isFinite(value) ? format(value) : "–");
+
+/** A table; `rows` are table rows, or arrays of nodes or texts whose first is the header of its row. */
+function table(className, heads, rows) {
+  const cellOf = (cell) => (cell instanceof HTMLTableCellElement ? cell : el("td", {}, cell));
+  const rowOf = ([head, ...cells]) => el("tr", {}, el("th", { scope: "row" }, head), cells.map(cellOf));
+  return el("div", { className: "scroll" }, el("table", { className },
+    el("thead", {}, el("tr", {}, heads.map((head) => el("th", { scope: "col" }, head)))),
+    el("tbody", {}, rows.map((row) => (Array.isArray(row) ? rowOf(row) : row)))));
+}
+
+/** First and last value; only one where they are the same. The full numbers are in the tooltip. */
+function change([first, last], format = show.number) {
+  if (first === null && last === null) return el("td", {}, "–");
+  const full = [first, last].map((value) => value ?? "–");
+  if (known(first, format) === known(last, format)) return el("td", { title: full[0] === full[1] ? full[0] : full.join(" → ") }, known(last, format));
+  return el("td", { title: full.join(" → ") }, known(first, format),
+    el("span", { className: "sr" }, " to "), el("span", { ariaHidden: "true" }, " → "), el("b", {}, known(last, format)));
+}
+
+/** Why scores of a dimension are None, as a row of its own: at the left it is in sight also on a narrow screen. */
+function reasonsRow(row, columns) {
+  const reasons = row.reasons.map(([reason, count]) => el("li", {}, `${show.number(count)} × `, reason));
+  if (row.more_reasons) reasons.push(el("li", {}, `and ${row.more_reasons} other reasons`));
+  return el("tr", { className: "reasons" }, el("td", { colSpan: columns }, el("ul", { ariaLabel: `Reasons for None of ${row.name}` }, reasons)));
+}
+
+const stepsText = ([first, last]) => (first === last ? `step ${first}` : `steps ${first} to ${last}`);
+
+function dimensionTable(rewards) {
+  const heads = ["Dimension", "Role", "Scope", "Weight", "Mean", "Spread", "Pass rate", "None"];
+  const rows = rewards.dimensions.flatMap((row) => [
+    [row.name, row.role, row.scope, change(row.weight, show.short), change(row.mean), change(row.std),
+      row.role === "gate" ? change(row.pass_rate, show.percent) : "",
+      el("td", { title: row.none_share ?? "" }, known(row.none_share, show.percent))],
+    ...(row.reasons.length ? [reasonsRow(row, heads.length)] : []),
+  ]);
+  return [
+    el("p", { className: "hint" }, `First and last logged step of ${stepsText(rewards.steps)}, before weighting. None: share of scores that could not be measured, mean over the logged steps, with the most common reasons below.`),
+    table("dimensions", heads, rows),
+  ];
+}
+
+function heatMap({ names, matrix, steps, count }) {
+  // column heads are numbers: names would make the columns as wide as they are long
+  const number = (k) => el("span", { className: "number" }, k + 1);
+  const rows = names.map((name, i) => [[number(i), name], ...matrix[i].map((value, j) => {
+    if (value === null) return el("td", { className: "heat", title: "One of the two did not vary." }, "–");
+    const cell = el("td", { className: value < 0 ? "heat below" : "heat", title: `${name} and ${names[j]}: ${value}` }, value.toFixed(2).replace("-", "−"));
+    cell.style.setProperty("--share", `${Math.round(Math.abs(value) * 45)}%`);
+    return cell;
+  })]);
+  const heads = ["Dimension", ...names.map((name, k) => [number(k), el("span", { className: "sr" }, name)])];
+  return [
+    el("h3", {}, "Correlation"),
+    el("p", { className: "hint" }, `Pearson, between the scores of a step's episodes; ${count > 1 ? `mean over the last ${count} logged steps (${steps[0]} to ${steps[1]})` : `of ${stepsText(steps)}`}. A dash: one of the two did not vary.`),
+    table("correlation", heads, rows),
+  ];
+}
+
+const scoreOf = ({ name, value }) => [el("span", {}, name), " ", el("b", { title: value }, show.number(value))];
+
+function disagreementList(items) {
+  const rows = items.map((item) => {
+    const episode = disagreeing(item);
+    const link = episode ? el("a", { href: hashOf(episode) }, item.episode) : el("span", { title: "It is not among the episodes of this page." }, item.episode || "no id");
+    return [link, String(item.step), el("td", { title: item.gap }, show.number(item.gap)), scoreOf(item.high), scoreOf(item.low)];
+  });
+  return [
+    el("h3", {}, "Where dimensions disagree most"),
+    el("p", { className: "hint" }, "Episodes that one dimension puts high and another low, in standard deviations of their batch: where a reward is gamed or wrong, it shows here first."),
+    table("disagreements", ["Episode", "Step", "Gap", "High", "Low"], rows),
+  ];
+}
+
+function faultList({ count, examples, tracebacks }) {
+  const shown = (items) => items.map(([step, text]) => el("li", {}, el("h5", {}, `step ${step}`), el("pre", { className: "text" }, text)));
+  return [
+    el("h3", {}, "Faults"),
+    el("p", { className: "hint" }, "Measurements that failed, by whose fault it was, over the logged steps."),
+    table("faults", ["Class", "Count"], Object.entries(count).map(([name, number]) => [name, show.number(number)])),
+    examples.length ? el("details", { className: "examples" }, el("summary", {}, "First examples"), el("ol", {}, shown(examples)),
+      tracebacks.length ? [el("h4", {}, "Tracebacks"), el("ol", {}, shown(tracebacks))] : null) : null,
+  ];
+}
+
+/** The address of an episode on this page. */
+const hashOf = (episode) => `#episode/${[episode.split, episode.step, episode.id].map(encodeURIComponent).join("/")}`;
+const disagreeing = (item) => data.episodes.find((episode) => item.episode && episode.split === "train" && episode.step === item.step && episode.id === item.episode);
+
+function showRewards(rewards) {
+  const { correlation, disagreements, faults } = rewards;
+  byId("reward-table").replaceChildren(...dimensionTable(rewards));
+  byId("reward-details").replaceChildren(...[
+    ...(correlation && correlation.names.length > 1 ? heatMap(correlation) : []),
+    ...(disagreements.length ? disagreementList(disagreements) : []),
+    ...(Object.keys(faults.count).length ? faultList(faults) : []),
+  ].filter(Boolean));
+}
+
+if (data.rewards) showRewards(data.rewards);
+else if (!byId("reward-charts").children.length) byId("reward-table").append(el("p", { className: "empty" }, "No rewards were logged."));
 
 // ------------------------------------------------------------------------------------ differences
 
@@ -353,7 +484,32 @@ function turnCard(turn, number, episode) {
     turn.error ? el("p", { className: "error" }, turn.error) : null,
     el("div", { className: `panes n${panes.length}` }, panes),
     asWritten ? null : block("Text as written", "written", turn.text),
+    ...memoryUse(turn),
+    scoreTable(turn.scores ?? {}),
     prompt);
+}
+
+/** What the turn asked the memory to do and what it was shown of it, for agents that keep entries. */
+function memoryUse({ operations = [], retrieved = [], cited = [] }) {
+  const shown = new Set(retrieved.map((entry) => entry.id));
+  const list = (title, className, items) => (items.length
+    ? el("div", { className: `block ${className}` }, el("h5", {}, title), el("ul", { className: "entries" }, items.map((item) => el("li", {}, item)))) : null);
+  return [
+    list("Operations", "operations", operations.map(({ verb, target, text, error }) => [
+      el("b", {}, verb), target ? [" ", el("code", {}, target)] : null, text ? ` ${text}` : null, error ? el("p", { className: "error" }, error) : null].flat())),
+    list("Retrieved", "retrieved", retrieved.map(({ id, text }) => [
+      el("code", {}, id), " ", cited.includes(id) ? el("span", { className: "chip up" }, "cited") : null, ` ${text}`])),
+    list("Cited without having been retrieved", "strays", cited.filter((id) => !shown.has(id)).map((id) => [el("code", {}, id)])),
+  ];
+}
+
+function scoreTable(scores) {
+  const all = Object.entries(scores);
+  const why = all.some(([, score]) => score.reason);
+  const rows = all.map(([name, score]) => [name,
+    el("td", { className: "value" }, score.value === null ? el("em", {}, "not measured") : show.number(score.value)),
+    ...(why ? [score.reason] : [])]);
+  return rows.length ? table("scores", ["Dimension", "Score", ...(why ? ["Reason"] : [])], rows) : null;
 }
 
 function showEpisode(episode) {
@@ -371,11 +527,8 @@ function showEpisode(episode) {
         el("div", {}, el("dt", {}, "Answer"), el("dd", { className: "answer" },
           answer && answer.text !== null ? answer.text : el("em", {}, answer ? "none could be read" : "never asked")))));
   });
-  const scores = Object.entries(episode.scores).map(([name, score]) => el("tr", {},
-    el("th", { scope: "row" }, name),
-    el("td", { className: "value" }, score.value === null ? el("em", {}, "not measured") : show.number(score.value)),
-    el("td", {}, score.reason)));
   const fact = (label, ...content) => el("div", {}, el("dt", {}, label), el("dd", {}, ...content));
+  const apart = (data.rewards?.disagreements ?? []).find((item) => disagreeing(item) === episode);
   target.replaceChildren(
     ...probes,
     el("dl", { className: "episode-facts" },
@@ -383,9 +536,9 @@ function showEpisode(episode) {
       fact("Advantage", signed(episode.advantage || 0)),
       fact("Task", episode.task),
       episode.group ? fact("Group", episode.group) : null,
-      episode.id ? fact("Episode", episode.id) : null),
-    scores.length ? el("div", { className: "scroll" }, el("table", { className: "scores" },
-      el("thead", {}, el("tr", {}, ["Dimension", "Score", "Reason"].map((text) => el("th", { scope: "col" }, text)))), el("tbody", {}, scores))) : null,
+      episode.id ? fact("Episode", episode.id) : null,
+      apart ? fact("Dimensions disagree", "high: ", ...scoreOf(apart.high), ", low: ", ...scoreOf(apart.low)) : null),
+    scoreTable(episode.scores) ?? "",
     el("ol", { className: "turns" }, episode.turns.map((turn, number) => turnCard(turn, number, episode))));
 }
 
@@ -416,7 +569,19 @@ function startViewer() {
     listEpisodes();
   }
 
-  function listEpisodes() {
+  /** Open the episode that the address names, if it names one. */
+  function follow() {
+    const episode = data.episodes.find((one) => one.id && hashOf(one) === location.hash);
+    if (!episode) return;
+    [split.value, filter.value, find.value] = [episode.split, "all", ""];
+    listSteps();
+    step.value = String(episode.step);
+    listEpisodes(episode);
+    byId("episodes").scrollIntoView();
+    byId("list").querySelector("[aria-current]").focus({ preventScroll: true });
+  }
+
+  function listEpisodes(open = null) {
     const here = data.episodes.filter((episode) => episode.split === split.value && String(episode.step) === step.value);
     const wanted = find.value.trim().toLowerCase();
     const found = here.filter((episode) => FILTERS[filter.value](episode) && (!wanted || fits(episode, wanted)));
@@ -434,8 +599,10 @@ function startViewer() {
       return button;
     });
     byId("list").replaceChildren(...buttons.map((button) => el("li", {}, button)));
-    if (found.length) choose(buttons[0], found[0]);
+    const first = Math.max(0, found.indexOf(open));
+    if (found.length) choose(buttons[first], found[first]);
     else showEpisode(null);
+    if (open) buttons[first]?.scrollIntoView({ block: "nearest" });
   }
 
   function choose(button, episode) {
@@ -451,11 +618,15 @@ function startViewer() {
 
   options(split, unique(data.episodes.map((episode) => episode.split)));
   split.addEventListener("change", listSteps);
-  for (const control of [step, filter, sort]) control.addEventListener("change", listEpisodes);
-  find.addEventListener("input", listEpisodes);
+  for (const control of [step, filter, sort]) control.addEventListener("change", () => listEpisodes());
+  find.addEventListener("input", () => listEpisodes());
   byId("step-back").addEventListener("click", () => move(-1));
   byId("step-on").addEventListener("click", () => move(1));
+  window.addEventListener("hashchange", follow);
+  // the address does not change when the same link is followed again
+  byId("reward-details").addEventListener("click", (event) => { if (event.target.closest("a")?.hash === location.hash) follow(); });
   listSteps();
+  follow();
 }
 
 if (data.episodes.length) startViewer();

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,14 @@ import yaml
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
+from memfactory.evaluate.report_rewards import summarise_rewards, wanted_episodes
 from memfactory.runs import Record, RunFolder
 
 MAX_EPISODES = 2000
 """Most episodes embedded in a page. More make it slow to open, and nobody reads them."""
 MAX_BYTES = 30_000_000
 """Rough limit for the embedded episodes, which decides when episodes are long. Unit: bytes."""
+_CORRELATION = "rewards/correlation/"
 
 _HERE = Path(__file__).parent
 
@@ -40,7 +42,8 @@ def write_report(run: Path) -> Path:
     """
     folder = RunFolder(Path(run))
     recipe, summary, metrics = folder.read_recipe(), folder.read_summary(), curves(folder.read_metrics())
-    episodes, logged = sample_episodes(folder)
+    rewards = summarise_rewards(folder.read_rewards())
+    episodes, logged = sample_episodes(folder, wanted_episodes(rewards))
     script = (_HERE / "report.js").read_text(encoding="utf-8")
     page = (
         Environment(loader=FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -58,7 +61,7 @@ def write_report(run: Path) -> Path:
             style=Markup((_HERE / "report.css").read_text(encoding="utf-8")),
             script=Markup(script),
             script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-            data=script_json({"metrics": metrics, "episodes": episodes}),
+            data=script_json({"metrics": metrics, "rewards": rewards, "episodes": episodes}),
         )
     )
     target = folder.path / "report.html"
@@ -81,10 +84,14 @@ def script_json(data: Any) -> Markup:
 
 
 def curves(lines: Iterable[Record]) -> dict[str, list[tuple[int, dict[str, float | None]]]]:
-    """``(step, values)`` by phase, in the order of steps. A step logged twice is merged, the later value wins."""
+    """``(step, values)`` by phase, in the order of steps. A step logged twice is merged, the later value wins.
+
+    Correlations are left out: they are many, and the page shows them as a matrix.
+    """
     phases: dict[str, dict[int, dict[str, float | None]]] = {"warmup": {}, "train": {}, "eval": {}}
     for line in lines:
-        phases.setdefault(line["phase"], {}).setdefault(line["step"], {}).update(line["values"])
+        values = {name: value for name, value in line["values"].items() if not name.startswith(_CORRELATION)}
+        phases.setdefault(line["phase"], {}).setdefault(line["step"], {}).update(values)
     return {phase: sorted(steps.items()) for phase, steps in phases.items()}
 
 
@@ -128,22 +135,30 @@ def facts(summary: Record, train: list[tuple[int, dict[str, float | None]]]) -> 
     return [(label, str(text)) for label, text in shown if text is not None]
 
 
-def sample_episodes(folder: RunFolder) -> tuple[list[Record], int]:
+def sample_episodes(folder: RunFolder, wanted: Sequence[tuple[int, str]] = ()) -> tuple[list[Record], int]:
     """Episodes for the page, and how many were logged.
 
     The first ones of every (step, split), so that whole groups stay together, and of evenly spaced
     steps where there are too many.
+
+    Args:
+        folder: of the run.
+        wanted: step and id of training episodes to take in any case, the most wanted first. Where only
+            few episodes fit, these get at most half of the places.
     """
     newest: dict[Any, int] = {}  # an evaluation that was done twice at one step counts once
     size = 0
     for number, record in enumerate(folder.read_episodes()):
         newest[record["step"], record["split"], record["id"] or number] = number
-        size += sum(len(turn["text"]) + len(str(turn["messages"])) * 2 for turn in record["turns"])
+        size += sum(map(_size, record["turns"]))
     logged = len(newest)
     if not logged:
         return [], 0
-    counts = Counter((step, split) for step, split, _ in newest)
     limit = max(1, min(MAX_EPISODES, int(MAX_BYTES * logged / max(1, size))))
+    linked = [key for step, id in wanted if (key := (step, "train", id)) in newest]
+    kept = {newest[key] for key in linked[: (limit + 1) // 2]}
+    counts = Counter((step, split) for (step, split, _), number in newest.items() if number not in kept)
+    limit -= len(kept)
     places = sorted(counts)
     if len(places) > limit:
         # both ends are kept: before and after are what one looks at first
@@ -153,10 +168,17 @@ def sample_episodes(folder: RunFolder) -> tuple[list[Record], int]:
     episodes = []
     for number, record in enumerate(folder.read_episodes()):
         place = record["step"], record["split"]
-        if taken[place] < quota[place] and newest[*place, record["id"] or number] == number:
+        if number in kept:
+            episodes.append(_shown(record))
+        elif taken[place] < quota[place] and newest[*place, record["id"] or number] == number:
             taken[place] += 1
             episodes.append(_shown(record))
     return episodes, logged
+
+
+def _size(turn: Record) -> int:
+    """Roughly the bytes of `turn` on the page."""
+    return len(turn["text"]) + len(str(turn["messages"])) * 2 + len(str(turn.get("retrieved", "")))
 
 
 def _quota(counts: Counter[tuple[int, str]], places: list[tuple[int, str]], limit: int) -> dict[Any, int]:
