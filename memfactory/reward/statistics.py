@@ -71,15 +71,17 @@ def ranks(values: Floats) -> Floats:
     columns = np.ascontiguousarray(values.T)  # (D, N)
     width, size = columns.shape
     order = np.argsort(columns, axis=1)  # NaN last
-    ordered = np.take_along_axis(columns, order, axis=1)
-    first = np.ones((width, size), dtype=bool)  # whether a new value begins here
-    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    run = np.cumsum(first.ravel()) - 1
-    length = np.bincount(run)
-    middle = np.cumsum(length) - (length + 1) / 2  # position in the middle of its run, over all columns in a row
-    places = middle[run].reshape(width, size) - size * np.arange(width)[:, None]
-    result = np.empty((width, size))
-    np.put_along_axis(result, order, places, axis=1)
+    order += size * np.arange(width)[:, None]  # places in the flat array
+    ordered = columns.ravel()[order.ravel()]
+    first = np.ones(width * size, dtype=bool)  # whether a new value begins here
+    first[1:] = ordered[1:] != ordered[:-1]
+    first[::size] = True
+    starts = np.flatnonzero(first)
+    length = np.diff(starts, append=width * size)
+    middle = starts % size + (length - 1) / 2  # position in the middle of the run of equal values
+    result = np.empty(width * size)
+    result[order.ravel()] = np.repeat(middle, length)
+    result = result.reshape(width, size)
     known = np.isfinite(columns)
     result /= np.maximum(known.sum(axis=1) - 1, 1)[:, None]
     return np.where(known, result, np.nan).T
@@ -91,12 +93,10 @@ def disagreements(values: Floats, columns: Sequence[Column], ids: Sequence[str])
     The gap is the difference of an episode's highest and lowest :func:`ranks`, between 0 and 1. Such episodes are
     where a reward is gamed or wrong, and cheap to look at.
     """
+    low_end = np.where(np.isnan(values), np.inf, values).min(axis=0, initial=np.inf)
+    high_end = np.where(np.isnan(values), -np.inf, values).max(axis=0, initial=-np.inf)
     # a constant dimension ranks nobody
-    keep = [
-        k
-        for k, column in enumerate(columns)
-        if column.role is not Role.SHAPING and np.unique(values[np.isfinite(values[:, k]), k]).size > 1
-    ]
+    keep = [k for k, c in enumerate(columns) if c.role is not Role.SHAPING and high_end[k] > low_end[k]]
     if len(keep) < 2:
         return []
     placed = ranks(values[:, keep])

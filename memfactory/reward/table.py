@@ -116,6 +116,7 @@ def group_std(values: Floats, groups: Ints) -> Floats:
 
 def _sums(values: Floats, groups: Ints) -> Floats:
     size = int(groups.max()) + 1 if groups.size else 0
-    result = np.zeros((size, *values.shape[1:]))
-    np.add.at(result, groups, values)
-    return result
+    if values.ndim == 1:
+        return np.bincount(groups, values, size)
+    columns = [np.bincount(groups, column, size) for column in values.T]
+    return np.stack(columns, axis=1) if columns else np.zeros((size, 0))

@@ -1,0 +1,149 @@
+"""A measured batch as arrays: what ranks exchange, and what everything after measuring works on.
+
+Scores live on episodes and turns; here they are without texts and tokens, so that a batch of thousands of
+episodes on several ranks is a few small arrays.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter, itemgetter
+
+import numpy as np
+
+from memfactory.episode import Episode, Score
+from memfactory.reward.measure import Faults
+from memfactory.reward.table import Bools, Floats, Ints, codes
+
+_VALUE = attrgetter("value")
+_NONE = Score(None, "not measured")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One rank's n episodes with m turns."""
+
+    ids: list[str]
+    groups: list[str]
+    values: Floats
+    """(n, D); NaN where a score is None."""
+    modules: list[tuple[str, ...]]
+    """Of the turns of each episode."""
+    turn_values: Floats
+    """(m, number of dimensions of turns); NaN where None, or where the dimension says nothing about the turn."""
+    reasons: Counter[tuple[str, str]]
+    """(dimension, why its score is None)."""
+    faults: Faults
+
+    @classmethod
+    def of(
+        cls, episodes: Sequence[Episode], names: Sequence[str], names_of_turns: Sequence[str], faults: Faults
+    ) -> Part:
+        """The scores of measured `episodes` on the dimensions `names`, and of their turns on `names_of_turns`."""
+        values = scores_of(episodes, names)
+        reasons: Counter[tuple[str, str]] = Counter()
+        own = [name for name in names if name not in names_of_turns]
+        for index in np.flatnonzero(np.isnan(values).any(axis=1)):
+            scores = episodes[index].scores
+            reasons.update((name, scores[name].reason) for name in own if scores[name].value is None)
+        turns = [turn for episode in episodes for turn in episode.turns] if names_of_turns else []
+        rows = [[turn.scores.get(name, _NONE).value for name in names_of_turns] for turn in turns]
+        for turn in turns:
+            reasons.update((name, score.reason) for name, score in turn.scores.items() if score.value is None)
+        return cls(
+            ids=[episode.id for episode in episodes],
+            groups=[episode.group for episode in episodes],
+            values=values,
+            modules=[tuple([turn.module for turn in episode.turns]) for episode in episodes],
+            turn_values=_floats(rows, len(names_of_turns)),
+            reasons=reasons,
+            faults=faults,
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N episodes with M turns in all, in the order of ranks."""
+
+    ids: list[str]
+    groups: Ints
+    """(N,) codes 0 .. number of groups - 1."""
+    values: Floats
+    """(N, D)"""
+    turn_values: Floats
+    """(M, number of dimensions of turns), or none where there are no such dimensions."""
+    episode: Ints
+    """(M,) index of each turn's episode."""
+    module: list[str]
+    """(M,)"""
+    slot: Ints
+    """(M,) equal for the same turn (n-th of a module) of the episodes of a group."""
+    last: Bools
+    """(M,) whether a turn is the last of its episode."""
+    reasons: Counter[tuple[str, str]]
+    faults: list[Faults]
+
+    @classmethod
+    def of(cls, parts: Sequence[Part]) -> Batch:
+        """All ranks' parts together."""
+        groups = codes([group for part in parts for group in part.groups])
+        modules = [own for part in parts for own in part.modules]
+        episode = np.repeat(np.arange(len(modules)), [len(own) for own in modules])
+        reasons: Counter[tuple[str, str]] = Counter()
+        for part in parts:
+            reasons.update(part.reasons)
+        return cls(
+            ids=[name for part in parts for name in part.ids],
+            groups=groups,
+            values=np.concatenate([part.values for part in parts]),
+            turn_values=np.concatenate([part.turn_values for part in parts]),
+            episode=episode,
+            module=list(chain.from_iterable(modules)),
+            slot=_slots(groups, episode, modules),
+            last=np.append(episode[1:] != episode[:-1], True) if episode.size else np.zeros(0, dtype=bool),
+            reasons=reasons,
+            faults=[part.faults for part in parts],
+        )
+
+    @property
+    def fault_count(self) -> Counter[str]:
+        return sum((Counter(own.count) for own in self.faults), Counter())
+
+    @property
+    def examples(self) -> list[str]:
+        """The first faults, in words."""
+        return [example for own in self.faults for example in own.examples][:3]
+
+
+def _slots(groups: Ints, episode: Ints, modules: Sequence[tuple[str, ...]]) -> Ints:
+    kinds: dict[tuple[str, int], int] = {}  # (module, occurrence) -> number
+    known: dict[tuple[str, ...], list[int]] = {}  # most episodes have the same sequence of modules
+    places: list[int] = []
+    for own in modules:
+        if own not in known:
+            seen: Counter[str] = Counter()
+            known[own] = []
+            for module in own:
+                known[own].append(kinds.setdefault((module, seen[module]), len(kinds)))
+                seen[module] += 1
+        places += known[own]
+    return groups[episode] * max(len(kinds), 1) + np.array(places, dtype=np.int64)
+
+
+def scores_of(episodes: Sequence[Episode], names: Sequence[str]) -> Floats:
+    """Scores of measured `episodes` on `names`, (n, D); NaN for None."""
+    shape = len(episodes), len(names)
+    pick = itemgetter(*names, *names[:1])  # one more, because for a single name it would not be a tuple
+    picked = (pick(episode.scores)[: len(names)] for episode in episodes)
+    try:  # without a Python loop over the scores: there can be a hundred thousand
+        return np.fromiter(map(_VALUE, chain.from_iterable(picked)), np.float64, shape[0] * shape[1]).reshape(shape)
+    except TypeError:  # a None
+        return _floats([[episode.scores[name].value for name in names] for episode in episodes], len(names))
+
+
+def _floats(rows: Sequence[Sequence[float | None]], width: int) -> Floats:
+    """(n, width), NaN for None."""
+    return np.array(rows, dtype=np.float64).reshape(len(rows), width)
