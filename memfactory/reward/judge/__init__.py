@@ -7,6 +7,7 @@ parameter called ``judge`` and awaits ``judge.grade(RUBRIC, answer=..., gold=...
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from memfactory.errors import RecipeError
 from memfactory.recipe import JudgeSection
@@ -36,18 +37,28 @@ def build_judge(section: JudgeSection) -> Judge:
     """The judge of a recipe: a model where ``judge.base_url`` is set, rules where it is not.
 
     Raises:
-        RecipeError: no model is named, or the packages that talk to it are not installed.
+        RecipeError: the address is none, no model is named, or the packages that talk to it are not installed.
     """
     if section.base_url is None:
         return RuleJudge()
+    if not _is_address(section.base_url):
+        raise RecipeError("judge.base_url: not an address", "", "e.g. http://localhost:8000/v1")
     if not section.model:
         fix = "set judge.model to the name under which the endpoint serves it"
-        raise RecipeError("judge.model: missing", f"judge.base_url is {section.base_url}", fix)
+        raise RecipeError("judge.model: missing", "judge.base_url is set", fix)
     try:
         from memfactory.reward.judge.model import ModelJudge
     except ModuleNotFoundError as error:
         raise RecipeError("judge.base_url", f"needs {error.name}", 'pip install "memfactory[judge]"') from error
     return ModelJudge(section)
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets or port
+        return False
 
 
 def __getattr__(name: str) -> Any:

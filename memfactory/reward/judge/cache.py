@@ -164,25 +164,36 @@ def _open(path: Path) -> sqlite3.Connection:
     path.parent.mkdir(parents=True, exist_ok=True)
     connection = sqlite3.connect(path, timeout=BUSY, isolation_level=None, check_same_thread=False)
     try:
+        new = _is_new(connection)  # before anything is changed: the file may be somebody else's
         _switch_to_wal(connection)
         connection.execute("PRAGMA synchronous = NORMAL")
-        if _version(connection) == 0:
+        if new:
             with _transaction(connection):
-                if _version(connection) == 0:  # no other process was faster
-                    if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                        raise sqlite3.DatabaseError("it is a database of something else")
+                if _is_new(connection):  # no other process was faster
                     connection.execute(SCHEMA)
                     connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        if _version(connection) != SCHEMA_VERSION:
-            raise sqlite3.DatabaseError(f"its format is {_version(connection)}, this version writes {SCHEMA_VERSION}")
     except BaseException:
         connection.close()
         raise
     return connection
 
 
-def _version(connection: sqlite3.Connection) -> int:
-    return int(connection.execute("PRAGMA user_version").fetchone()[0])
+def _is_new(connection: sqlite3.Connection) -> bool:
+    """Whether the file is still empty.
+
+    Raises:
+        sqlite3.DatabaseError: it is not, and holds no cache of this format.
+    """
+    # in this order: another process makes both at once, so a table without a version is not ours
+    tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version == SCHEMA_VERSION:
+        return False
+    if version:
+        raise sqlite3.DatabaseError(f"its format is {version}, and {SCHEMA_VERSION} is needed")
+    if tables:
+        raise sqlite3.DatabaseError("it is a database of something else")
+    return True
 
 
 def _switch_to_wal(connection: sqlite3.Connection) -> None:
