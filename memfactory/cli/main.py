@@ -22,6 +22,7 @@ COMMANDS = {
     "train": ("memfactory.cli.train:train", "Train an agent with a recipe."),
     "eval": ("memfactory.cli.eval:evaluate", "Measure a checkpoint with the agent of its recipe."),
     "recipes": ("memfactory.cli.recipes:app", "List, show and copy recipes."),
+    "rewards": ("memfactory.cli.rewards:app", "Find, write, test and compare reward functions."),
     "doctor": ("memfactory.cli.doctor:doctor", "Check packages and machine: found, supported, what to do."),
     "report": ("memfactory.cli.report:report", "Write the HTML report of a run."),
 }

@@ -31,6 +31,7 @@ from memfactory.policy.tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 from memfactory.recipe import Recipe, TinyModel
 from memfactory.reward.catalogue import WeightedDimension
 from memfactory.reward.dimension import RewardDimension
+from memfactory.reward.lint import print_findings
 from memfactory.train.config import build_config
 from memfactory.train.prepare import Prepared, turn_limits
 from memfactory.train.trainer import EpisodeGRPOTrainer, Parts
@@ -148,6 +149,8 @@ def _trial(prepared: Prepared, folder: Path, console: Console) -> None:
         console.print(f"reward {weighted.name} (weight {weighted.weight:g}): {shown}", markup=False)
     console.print(f"optimizer step: {moved} of {len(before)} trainable tensors moved")
     console.print("(a made-up reward was added, so that the group has something to teach)")
+    console.rule("rewards")
+    print_findings(console, prepared.rewards, seen, scale_rewards=config.scale_rewards)
 
 
 def _note(seen: list[Episode], episode: Episode) -> int:
