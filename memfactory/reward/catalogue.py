@@ -69,6 +69,9 @@ def _in_folders(name: str) -> Any:
             raise RecipeError(f"reward '{name}'", f"{path} has no '{attribute}'", nearest(attribute, own))
     known = [entry.name for entry in available()]
     looked = " and ".join(str(root) for root in roots)
+    inside = [other for other in known if other.rpartition(".")[0] == name]
+    if inside:
+        raise RecipeError(f"reward '{name}'", "that is a file", f"name a function in it: {', '.join(inside)}")
     raise RecipeError(f"reward '{name}'", f"there is no such file in {looked}", nearest(name, known))
 
 
