@@ -71,20 +71,20 @@ def settle(table: ScoreTable) -> tuple[ScoreTable, Floats]:
     missing = np.isnan(table.values)  # (N, D)
     values = table.values.copy()
     excluded = np.zeros(len(values), dtype=bool)
+    needed = table.where(Role.OBJECTIVE) or list(range(len(table.columns)))
+    if needed:  # nothing measured of what the episode is for
+        excluded |= missing[:, needed].all(axis=1)
+    for k, column in enumerate(table.columns):
+        if column.role is not Role.GATE and column.missing is Missing.EXCLUDE:
+            excluded |= missing[:, k]
+    present = np.where(excluded[:, None], np.nan, values)  # who has no reward is in no mean
     for k, column in enumerate(table.columns):
         if column.role is Role.GATE:
             values[missing[:, k], k] = column.low
         elif column.missing is Missing.GROUP_MEAN and missing[:, k].any():
-            means = group_mean(table.values[:, k], table.groups)[table.groups]
+            means = group_mean(present[:, k], table.groups)[table.groups]
             values[:, k] = np.where(missing[:, k], means, values[:, k])
             excluded |= np.isnan(values[:, k])
-        elif column.missing is Missing.EXCLUDE:
-            excluded |= missing[:, k]
-    objectives = table.where(Role.OBJECTIVE)
-    if objectives:  # nothing measured of what the episode is for
-        excluded |= missing[:, objectives].all(axis=1)
-    elif table.columns:
-        excluded |= missing.all(axis=1)
     return replace(table, values=values, failed=missing), np.where(excluded, np.nan, 0.0)
 
 
@@ -180,12 +180,12 @@ class WeightedSum:
     def __call__(self, table: ScoreTable) -> Aggregate:
         table, mask = settle(table)
         reward = np.zeros(len(mask))
-        for roles in ((Role.GATE, Role.OBJECTIVE), (Role.BONUS,)):
-            keep = table.where(*roles)
+        for role in (Role.GATE, Role.OBJECTIVE, Role.BONUS):
+            keep = table.where(role)
             values, weights = table.values[:, keep], table.array("weight", keep)
             known = np.isfinite(values)
             share = known @ np.abs(weights)
-            scale = np.abs(weights).sum() / np.where(share > 0, share, 1.0) if Role.BONUS not in roles else 1.0
+            scale = np.abs(weights).sum() / np.where(share > 0, share, 1.0) if role is Role.OBJECTIVE else 1.0
             reward += np.nan_to_num(values) @ weights * scale
         return Aggregate(reward + mask)
 
