@@ -3,7 +3,18 @@
 The names here are the public ones; reward, agent and environment files need no others.
 """
 
-from memfactory.episode import Answer, Episode, Evidence, Probe, Score, StopReason, Task, Turn
+from memfactory.episode import (
+    Answer,
+    Episode,
+    Evidence,
+    Operation,
+    Probe,
+    Retrieved,
+    Score,
+    StopReason,
+    Task,
+    Turn,
+)
 from memfactory.errors import DataError, MemFactoryError, ModelOutputError, RecipeError
 from memfactory.reward.dimension import reward
 
@@ -16,8 +27,10 @@ __all__ = [
     "Evidence",
     "MemFactoryError",
     "ModelOutputError",
+    "Operation",
     "Probe",
     "RecipeError",
+    "Retrieved",
     "Score",
     "StopReason",
     "Task",
