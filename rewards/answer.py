@@ -1,34 +1,52 @@
-"""Rewards on the final answer: exact match, containment, token F1."""
+"""Rewards on the final answer. Gold answers are aliases: the best one counts, and several questions are averaged."""
 
 import re
+from collections.abc import Callable
 
-from memfactory import Episode, reward
+from memfactory import Episode, ModelOutputError, Score, reward
+from memfactory.modules import last_boxed, strip_reasoning
 from memfactory.reward import matching
+
+Value = float | Score
 
 
 @reward
-def exact_match(episode: Episode) -> float:
-    """Share of questions whose extracted answer equals a gold alias (MemAgent's verifier, arXiv 2507.02259)."""
+def exact_match(episode: Episode) -> Value:
+    """1 if the extracted answer equals a gold alias after normalisation, else 0; mean over the questions, in [0, 1].
+
+    Source: MemAgent's verifier (arXiv 2507.02259); normalisation of SQuAD (arXiv 1606.05250).
+    Gaming: nothing but guessing pays; small answer sets make guesses cheap.
+    """
     return _mean(episode, lambda text, gold: float(matching.exact_match(text, gold)))
 
 
 @reward
-def containment(episode: Episode) -> float:
-    """Share of questions whose answer holds a gold alias as whole words (sub-EM of RULER-HQA)."""
+def containment(episode: Episode) -> Value:
+    """1 if the answer holds a gold alias as whole words, else 0; mean over the questions, in [0, 1].
+
+    Source: sub-EM, as for RULER's question answering (arXiv 2404.06654).
+    Gaming: an answer that lists every candidate. Put `length.within` beside it, or use `token_f1`.
+    """
     return _mean(episode, lambda text, gold: float(matching.contains(text, gold)))
 
 
 @reward
-def token_f1(episode: Episode) -> float:
-    """Mean word-overlap F1 with the best alias (the SQuAD convention)."""
+def token_f1(episode: Episode) -> Value:
+    """F1 = 2 |answer & gold| / (|answer| + |gold|) over words, best alias; mean over the questions, in [0, 1].
+
+    Source: SQuAD (arXiv 1606.05250).
+    Gaming: words of the question that are likely in the answer earn a part of it without any memory.
+    """
     return _mean(episode, matching.token_f1)
 
 
 @reward
-def all_parts(episode: Episode) -> float:
-    """Share of the required parts that the answer holds, in any order (several needles, frequent words).
+def all_parts(episode: Episode) -> Value:
+    """Share of the required parts that the answer holds, in any order; mean over the questions, in [0, 1].
 
-    A task without `metadata["required"]` has one part: any of its aliases.
+    The parts are `metadata["required"]` (several needles, frequent words). A task without has one part: any of its
+    aliases. Source: RULER's string_match_all (arXiv 2404.06654).
+    Gaming: as `containment`.
     """
     parts = episode.task.metadata.get("required")
     if parts is None:
@@ -36,13 +54,60 @@ def all_parts(episode: Episode) -> float:
     return _mean(episode, lambda text, gold: sum(matching.contains(text, [part]) for part in parts) / len(parts))
 
 
-def _mean(episode, score):
-    """Mean of `score` over the questions; an answer that could not be extracted scores 0."""
-    values = [0.0 if a.text is None else score(a.text, a.probe.answers) for a in episode.answers]
-    return sum(values) / len(values)
+@reward
+def number_match(episode: Episode) -> Value:
+    """1 if the answer names the gold number and no other, digit by digit; mean over the questions, in [0, 1].
+
+    For codes, where 007 is not 7; `numeric` compares values.
+    Gaming: guessing, where codes are short.
+    """
+    return _mean(episode, lambda text, gold: float(set(re.findall(r"\d+", text)) == {gold[0]}))
+
+
+@reward(missing="drop")
+def numeric(episode: Episode, *, tolerance: float = 0.0) -> Value:
+    """1 if the answer names one number x, maybe repeatedly, and |x - gold| <= `tolerance`, else 0; mean over the
+    questions, in [0, 1]. None where no gold answer is a number.
+
+    1,000 is 1e3, 3.50 is 3.5, 25% is 0.25; numbers in words are not read. With tolerance 0 the comparison is exact.
+    Gaming: a wide tolerance pays for the middle of the likely range.
+    """
+    golds = [[n for n in map(matching.the_number, a.probe.answers) if n is not None] for a in episode.answers]
+    found = [None if a.text is None else matching.the_number(a.text) for a in episode.answers]
+    values = [
+        float(number is not None and any(matching.close(number, one, tolerance) for one in gold))
+        for number, gold in zip(found, golds, strict=True)
+        if gold
+    ]
+    return sum(values) / len(values) if values else Score(None, "no gold answer is a number")
 
 
 @reward
-def number_match(episode: Episode) -> float:
-    """Share of questions whose answer names the gold number and no other number."""
-    return _mean(episode, lambda text, gold: float(set(re.findall(r"\d+", text)) == {gold[0]}))
+def boxed(episode: Episode) -> Value:
+    r"""1 if the content of the reply's last \boxed{...} equals a gold alias after normalisation, else 0; mean over the
+    questions, in [0, 1].
+
+    Reads the whole reply behind its reasoning, whatever the agent's answer format. An unclosed last box is 0, even
+    where an earlier one is right. Source: MemAgent's verifier (arXiv 2507.02259), which looks at 300 characters.
+    Gaming: none beyond guessing, because only the last box counts.
+    """
+    boxes = [_box(answer.raw) for answer in episode.answers]
+    return _mean_of(boxes, episode, lambda box, gold: float(matching.exact_match(box, gold)))
+
+
+def _mean(episode: Episode, score: Callable[[str, tuple[str, ...]], float]) -> Value:
+    return _mean_of([answer.text for answer in episode.answers], episode, score)
+
+
+def _mean_of(texts: list[str | None], episode: Episode, score: Callable[[str, tuple[str, ...]], float]) -> Value:
+    """Mean of `score` over the questions; an answer that could not be extracted scores 0."""
+    golds = [answer.probe.answers for answer in episode.answers]
+    values = [0.0 if text is None else score(text, gold) for text, gold in zip(texts, golds, strict=True)]
+    return sum(values) / len(values) if values else Score(None, "the episode answers no question")
+
+
+def _box(raw: str) -> str | None:
+    try:
+        return last_boxed(strip_reasoning(raw), window=None)
+    except ModelOutputError:  # reasoning without an end: there is no reply
+        return None
