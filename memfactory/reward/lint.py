@@ -264,7 +264,8 @@ def _by_weight(system: RewardSystem, samples: _Samples) -> Iterator[Finding]:
             system.dimensions[top].name,
             f"decides alone: {shares[top]:.1%} of the variance of the weighted terms",
             f"the others hardly count on {samples.many} ({others})",
-            "lower its weight, or aggregate: {name: normalize_then_sum}",
+            "lower its weight"
+            + ("" if system.aggregator.scale_free else ", or aggregate: {name: normalize_then_sum}"),
         )
 
 

@@ -57,14 +57,17 @@ def rescore(
     ] = None,
     split: Annotated[str, typer.Option("--split", help="Which episodes: train, eval, eval_greedy.")] = "train",
     name: Annotated[
-        str | None, typer.Option("--name", help="Folder below RUN/rescored. Absent: name of the recipe file, or own.")
+        str | None, typer.Option("--name", help="Folder below RUN/rescored. Absent: name of the recipe file.")
     ] = None,
     statistics: Annotated[
         Path | None,
         typer.Option("--statistics", help="Also write each reward's range as `aggregate: min_max_mean` to this file."),
     ] = None,
 ) -> None:
-    """Score the stored episodes of a run with other rewards or weights, and compare. No model is loaded."""
+    """Score the stored episodes of a run with other rewards or weights, and compare. No model is loaded.
+
+    Exit code 1 when a reward failed on an episode.
+    """
     from memfactory.reward import rescore as offline
     from memfactory.reward.system import RewardSystem
     from memfactory.runs import RunFolder
@@ -73,13 +76,16 @@ def rescore(
     path = find_recipe(recipe) if recipe is not None else None
     checked = offline.recipe_for(folder, path, overrides or [])
     result = offline.rescore(folder, RewardSystem.from_recipe(checked), split, scale_rewards(checked))
-    written = offline.write(folder, name or (path.stem if path else "own"), checked, result)
+    label = name or (path.stem if path is not None else "changed" if overrides else "own")
+    written = offline.write(folder, label, checked, result)
     console = Console()
     _print(console, result, split)
     if statistics is not None:
         offline.write_statistics(statistics, result.bounds)
         console.print(f"written: {statistics}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"written: {written}", markup=False, highlight=False, soft_wrap=True)
+    if result.faults.count:
+        raise typer.Exit(1)
 
 
 def _print(console: Console, result: Rescored, split: str) -> None:
