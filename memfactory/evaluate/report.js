@@ -350,11 +350,11 @@ function disagreementList(items) {
   const rows = items.map((item) => {
     const episode = disagreeing(item);
     const link = episode ? el("a", { href: hashOf(episode) }, item.episode) : el("span", { title: "It is not among the episodes of this page." }, item.episode || "no id");
-    return [link, String(item.step), el("td", { title: item.gap }, show.number(item.gap)), scoreOf(item.high), scoreOf(item.low)];
+    return [link, String(item.step), el("td", { title: item.gap }, show.percent(item.gap)), scoreOf(item.high), scoreOf(item.low)];
   });
   return [
     el("h3", {}, "Where dimensions disagree most"),
-    el("p", { className: "hint" }, "Episodes that one dimension puts high and another low, in standard deviations of their batch: where a reward is gamed or wrong, it shows here first."),
+    el("p", { className: "hint" }, "Episodes that one dimension puts high among those of their step and another low: where a reward is gamed or wrong, it shows here first. The gap is how far their ranks lie apart: 100 % is best on the one, worst on the other."),
     table("disagreements", ["Episode", "Step", "Gap", "High", "Low"], rows),
   ];
 }
