@@ -84,15 +84,17 @@ def advantages(rewards: Floats, groups: Ints, estimator: Estimator = "standardiz
     best, worst = (rewards[measured].max(), rewards[measured].min()) if measured.any() else (0.0, 0.0)
     enough = count >= 2
     # a spread this small is the rounding of a sum, no difference
-    tied = ~(np.where(enough, highest - lowest, 0.0) > 1e-9 * max(1.0, abs(best), abs(worst)))
-    live = enough & ~tied
+    rounding = 1e-9 * max(1.0, abs(best), abs(worst))
+    live = np.where(enough, highest - lowest, 0.0) > rounding
 
     std = np.full(size, 1.0)
+    whole = float(rewards[measured].std(ddof=1)) if best - worst > rounding else 0.0
+    batch = max(whole, floor) + EPSILON if max(whole, floor) > 0 else 1.0
     if estimator == "standardized":
-        std = np.maximum(group_std(rewards, groups), floor) + EPSILON
+        # a group without a spread has no scale of its own; it matters where potentials tell its turns apart
+        std = np.where(live, np.maximum(group_std(rewards, groups), floor) + EPSILON, batch)
     elif estimator == "batch":
-        whole = rewards[measured].std(ddof=1) if measured.sum() > 1 else 0.0
-        std = np.full(size, max(float(whole), floor) + EPSILON)
+        std = np.full(size, batch)
     elif estimator == "rloo":
         std = np.where(enough, (count - 1) / np.maximum(count, 1), 1.0)
     divisors = std[groups]
