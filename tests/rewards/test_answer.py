@@ -47,7 +47,8 @@ def plain(text, *gold):
         ("it is 42, yes 42.0", "42", 0, 1),
         ("41 or 42", "42", 0, 0),  # listing candidates does not pay
         ("A42", "42", 0, 0),
-        ("1.2.3", "1.2", 0, 0),
+        ("1.2.3", "1.2", 0, 0),  # a version is no number, nor is its end
+        ("1.2.3", "3", 0, 0),
         ("3-5", "-5", 0, 0),
         ("forty-two", "42", 0, 0),
         ("12 km", "12", 0, 1),

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import permutations
+from threading import Thread
+from typing import ClassVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from referencing.exceptions import Unresolvable
 
 from memfactory import Answer, Episode, Operation, Probe, RecipeError, StopReason, Task, Turn
 from memfactory.reward.catalogue import load_dimension
@@ -70,11 +74,33 @@ def test_a_schema_can_be_a_file(tmp_path):
         score("json_schema", "{}", schema=str(tmp_path / "nothing.json"))
 
 
-def test_a_wrong_schema_is_the_recipes_fault_and_references_are_not_fetched():
+class Serves(BaseHTTPRequestHandler):
+    """Answers every request with a schema that anything fits, and remembers that it was asked."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_wrong_schema_is_the_recipes_fault():
     with pytest.raises(RecipeError, match="correct the schema"):
         score("json_schema", "{}", schema={"type": "nosuch"})
-    with pytest.raises(Exception, match="Unresolvable"):
-        score("json_schema", "{}", schema={"$ref": "http://127.0.0.1:9/schema.json"})
+
+
+def test_references_to_other_sites_are_not_followed():
+    with HTTPServer(("127.0.0.1", 0), Serves) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(Unresolvable):
+            score("json_schema", "{}", schema={"$ref": f"http://127.0.0.1:{server.server_port}/schema.json"})
+        server.shutdown()
+    assert not Serves.asked
     inside = {"$defs": {"n": {"type": "integer"}}, "items": {"$ref": "#/$defs/n"}}
     assert score("json_schema", "[1]", '["1"]', schema=inside) == 0.5
 
