@@ -46,7 +46,7 @@ class Part:
         values = scores_of(episodes, names)
         reasons: Counter[tuple[str, str]] = Counter()
         own = [name for name in names if name not in names_of_turns]
-        for index in np.flatnonzero(np.isnan(values).any(axis=1)):
+        for index in np.flatnonzero(np.isnan(values).any(axis=1)).tolist():
             scores = episodes[index].scores
             reasons.update((name, scores[name].reason) for name in own if scores[name].value is None)
         turns = [turn for episode in episodes for turn in episode.turns] if names_of_turns else []
@@ -115,7 +115,7 @@ class Batch:
     @property
     def examples(self) -> list[str]:
         """The first faults, in words."""
-        return [example for own in self.faults for example in own.examples][:3]
+        return [example for own in self.faults for example in own.examples][:10]
 
 
 def _slots(groups: Ints, episode: Ints, modules: Sequence[tuple[str, ...]]) -> Ints:

@@ -11,6 +11,7 @@ import asyncio
 import math
 import threading
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -26,6 +27,8 @@ from memfactory.reward.dimension import RewardDimension, Scope
 
 MAX_HANGS = 3
 """Calls of one function that may hang in a batch before the rest of its calls is not made."""
+MAX_EXAMPLES = 3
+"""Faults told in words, beyond the first of each kind."""
 _ONE_EACH = "return a list with one value per episode"
 _POLL = 1.0
 """Seconds between looks at an event loop that has work."""
@@ -42,18 +45,20 @@ class Faults:
     by_dimension: dict[str, int] = field(default_factory=dict)
     """Episodes on which a dimension failed."""
     examples: list[str] = field(default_factory=list)
+    """The first of every dimension and class, so that a loud fault does not hide another; then up to three."""
     tracebacks: list[str] = field(default_factory=list)
     """Of the examples that have one."""
+    _shown: set[tuple[str, str]] = field(default_factory=set)
 
-    def add(self, error: MemFactoryError, dimension: str = "", episodes: int = 1) -> None:
+    def add(self, error: MemFactoryError, dimension: str = "") -> None:
         self.count[error.fault] = self.count.get(error.fault, 0) + 1
-        self.by_dimension[dimension] = self.by_dimension.get(dimension, 0) + episodes
-        if len(self.examples) < 3:
-            self.examples.append(str(error))
-            if error.__cause__ is not None:
-                import traceback
-
-                self.tracebacks.append("".join(traceback.format_exception(error.__cause__)))
+        kind = (dimension, error.fault)
+        if kind in self._shown and len(self.examples) >= MAX_EXAMPLES:
+            return
+        self._shown.add(kind)
+        self.examples.append(str(error))
+        if error.__cause__ is not None:
+            self.tracebacks.append("".join(traceback.format_exception(error.__cause__)))
 
 
 @dataclass(slots=True)
@@ -110,19 +115,24 @@ class _Call:
             "make it faster, or raise its deadline: @reward(deadline=...) or `deadline:` in the recipe",
         )
 
-    def store(self, faults: Faults) -> None:
-        """Put the score on the episode or turn, or None and the reason."""
+    def store(self, faults: Faults) -> list[Episode]:
+        """Put the score on the episode or turn, or None and the reason.
+
+        Returns:
+            the episodes on which it failed.
+        """
         dimension, name = self.weighted.dimension, self.weighted.name
         try:
             if isinstance(self.outcome, MemFactoryError):
                 raise self.outcome
             results = self._results() if self.lists else [self.outcome]
         except MemFactoryError as error:
-            faults.add(error, name, len(self.episodes))
+            faults.add(error, name)
             failed = Score(None, error.why or error.what)
             for episode in self.episodes:
                 (episode.scores if self.turn is None else self.turn.scores)[name] = failed
-            return
+            return self.episodes
+        wrong = []
         for episode, result in zip(self.episodes, results, strict=True):
             target = episode.scores if self.turn is None else self.turn.scores
             try:
@@ -130,6 +140,8 @@ class _Call:
             except MemFactoryError as error:
                 faults.add(error, name)
                 target[name] = Score(None, error.why or error.what)
+                wrong.append(episode)
+        return wrong
 
     def _results(self) -> Sequence[Any]:
         dimension = self.weighted.dimension
@@ -194,12 +206,19 @@ class Measuring:
                 _run(calls, weighted.dimension.deadline)
                 done += calls
         self._wait()
+        failed: dict[str, set[int]] = defaultdict(set)
         for call in [*done, *(call for call, _ in self._running)]:
-            call.store(faults)
+            failed[call.weighted.name].update(id(episode) for episode in call.store(faults))
+        own = {id(episode) for episode in episodes}  # whole groups have others' episodes too
+        faults.by_dimension = {name: len(which & own) for name, which in failed.items() if which & own}
         for weighted in self._dimensions:
             if weighted.dimension.per_turn:
                 for episode in episodes:
                     episode.scores[weighted.name] = _mean(weighted, episode)
+        if self._running:  # these were stored last; people read scores in the recipe's order
+            names = [weighted.name for weighted in self._dimensions]
+            for episode in episodes:
+                episode.scores |= {name: episode.scores.pop(name) for name in names}
         return faults
 
     def _wait(self) -> None:

@@ -283,7 +283,7 @@ class RewardSystem:
         count, failed = len(rewards), int(np.isnan(rewards).sum())
         by_dimension: Counter[str] = sum((Counter(own.by_dimension) for own in batch.faults), Counter())
         fix = "fix the reward, or raise rollout.max_failed_share"
-        why = "; ".join(batch.examples)
+        why = "; ".join(batch.examples[:3])
         if failed > limit * count:
             raise RewardError(
                 f"{failed} of {count} episodes could not be scored", why or "their dimensions returned None", fix
@@ -315,7 +315,7 @@ class RewardSystem:
             "faults": {
                 "count": dict(batch.fault_count),
                 "examples": batch.examples,
-                "tracebacks": [text for own in batch.faults for text in own.tracebacks][:3],
+                "tracebacks": [text for own in batch.faults for text in own.tracebacks][:10],
             },
         }
         metrics = statistics.tracked(summaries, matrix)

@@ -117,6 +117,6 @@ def group_std(values: Floats, groups: Ints) -> Floats:
 def _sums(values: Floats, groups: Ints) -> Floats:
     size = int(groups.max()) + 1 if groups.size else 0
     if values.ndim == 1:
-        return np.bincount(groups, values, size)
+        return np.asarray(np.bincount(groups, values, size), dtype=np.float64)
     columns = [np.bincount(groups, column, size) for column in values.T]
     return np.stack(columns, axis=1) if columns else np.zeros((size, 0))

@@ -391,13 +391,18 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         metrics["frac_reward_zero_std"].append(advantages.dead_share)
         self.totals["episodes"] += len(assessment.rewards)
         self.totals["generated_tokens"] += int(self._reduce_sum(generated))
-        run = self.parts.run
+        run, count = self.parts.run, self.parts.rollout.log_episodes
         step = self.state.global_step + 1  # the update these episodes are for
-        if run is not None and self.accelerator.is_main_process and step % max(int(self.args.logging_steps), 1) == 0:
-            wanted = {item["episode"] for item in assessment.record["disagreements"]}
-            count = self.parts.rollout.log_episodes
-            shown = [e for number, e in enumerate(episodes) if number < count or (count and e.id in wanted)]
-            run.log_episodes(step, "train", shown)
+        if run is None or step % max(int(self.args.logging_steps), 1) != 0:
+            return
+        wanted = {item["episode"] for item in assessment.record["disagreements"]} if count else set()
+        shown, others = episodes[:count], [episode for episode in episodes[count:] if episode.id in wanted]
+        if self.accelerator.num_processes > 1:  # the widest disagreements can be on any rank
+            mine = {episode.id for episode in shown} if self.accelerator.is_main_process else set()
+            found = gather_object([episode for episode in episodes if episode.id in wanted - mine])
+            others = [episode for episode in found if episode.id not in {own.id for own in shown}]
+        if self.accelerator.is_main_process:
+            run.log_episodes(step, "train", [*shown, *others])
             run.log_rewards(step, assessment.record)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
