@@ -135,7 +135,7 @@ def check_options(
     open_ended = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
     try:
         types = typing.get_type_hints(build.__init__ if isinstance(build, type) else build)  # type: ignore[misc]
-    except NameError:  # annotations that exist only for type checkers: leave the values as they are
+    except (NameError, TypeError):  # annotations for type checkers alone, or an object: leave the values as they are
         types = {}
     errors: list[MemFactoryError] = []
     checked: dict[str, Any] = {}

@@ -12,9 +12,9 @@ from memfactory.reward.dimension import RewardDimension
 
 
 def is_trl_function(function: Any) -> bool:
-    """Whether `function` is written to TRL's contract: it takes `completions`."""
+    """Whether `function` is written to TRL's contract: it takes `completions`, or their ids alone."""
     try:
-        return "completions" in inspect.signature(function).parameters
+        return not {"completions", "completion_ids"}.isdisjoint(inspect.signature(function).parameters)
     except (TypeError, ValueError):
         return False
 
