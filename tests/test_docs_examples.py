@@ -6,17 +6,27 @@ import asyncio
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from memfactory import Episode, ModelOutputError, StopReason, Task, Turn
+from memfactory.cli.main import app
+from memfactory.cli.rewards.samples import load_samples
 from memfactory.environments import Split
 from memfactory.plugins import resolve
+from memfactory.recipe import AggregateSection, load_recipe
+from memfactory.reward.aggregate import build_aggregator, gate_factor, max_safe_delta
 from memfactory.reward.catalogue import load_dimension
+from memfactory.reward.dimension import Missing, Role
+from memfactory.reward.system import RewardSystem
+from memfactory.reward.table import Column, ScoreTable
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "docs/examples/careful_agent.py"
@@ -101,6 +111,124 @@ def test_the_reward_on_the_page_is_short_and_works(tmp_path: Path, monkeypatch: 
     assert dimension(Episode(task, [turn], memory="cat")).value == 1.0
     assert dimension(Episode(task, [turn], memory="a b c d e f g h i j")).value == 0.0
     assert dimension(Episode(task)).value is None
+
+
+# --- adding-a-reward.md, line by line in an empty folder; rewards.md ---
+
+
+def parts_of(page: str) -> list[tuple[str, str]]:
+    """(language, text) of every code block of `page`, in order."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return re.findall(r"^```(\w+)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def save(code: str, folder: Path) -> Path | None:
+    """Write a block that begins with the name of its file."""
+    named = re.match(r"# (\S+\.py)\n", code)
+    if named is None:
+        return None
+    path = folder / named[1]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(code, encoding="utf-8")
+    return path
+
+
+def rewards_recipe(folder: Path, sections: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text("name: r\nmodel: {tiny: {}}\nenvironment: {name: fact_words}\n" + sections, encoding="utf-8")
+    return path
+
+
+def test_the_page_on_rewards_works_line_by_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    for language, text in parts_of("adding-a-reward.md"):
+        if language == "python" and save(text, tmp_path):
+            assert len(text.splitlines()) <= 12, text
+        elif language == "python":
+            exec(text, {})
+        elif language == "yaml":
+            rewards_recipe(tmp_path, text)
+            assert CliRunner().invoke(app, ["rewards", "lint", "recipe.yaml"], catch_exceptions=False).exit_code == 0
+        elif language == "bash":
+            for line in text.splitlines():
+                program, *arguments = shlex.split(line)
+                assert program == "memfactory"
+                result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+                assert result.exit_code == 0, f"{line}\n{result.output}"
+                ran.append(result.output)
+    assert len(ran) >= 12
+    first = ran[1]
+    for quoted in ("0.500", "mean 0.659, std 0.223, from 0.500 to 1.000", "what it saw: episode 2/0/8"):
+        assert quoted in first  # as printed on the page
+    gated = next(output for output in ran if "rule.from_memory" in output and "standard deviation" in output)
+    assert "fix: credit: {std_floor: 0.1}, credit: {advantage: centered}, or aggregate: {gate: veto}" in gated
+
+
+def test_parts_of_your_own_are_built_score_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, sections = (next(t for lang, t in parts_of("rewards.md") if lang == kind) for kind in ("python", "yaml"))
+    assert save(code, tmp_path)
+    system = RewardSystem.from_recipe(load_recipe(rewards_recipe(tmp_path, sections)))
+    episodes = load_samples(None).episodes
+    system.begin().finish(episodes)
+    system.assess(episodes)
+    for episode in episodes:
+        f1, exact = (episode.scores[name].value or 0.0 for name in ("answer.token_f1", "answer.exact_match"))
+        assert episode.reward == pytest.approx(min(f1**2, exact))
+        assert [turn.trainable for turn in episode.turns] == [False, True, True, True, True]
+
+    learning = sections.replace("Worst", "Harder")
+    first, second = (RewardSystem.from_recipe(load_recipe(rewards_recipe(tmp_path, learning))) for _ in range(2))
+    first.assess(episodes)
+    assert first.aggregator.means["answer.exact_match"] == pytest.approx(0.1 * 0.25)  # a quarter of them is right
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert second.aggregator.means == first.aggregator.means
+
+
+def test_the_table_of_safe_deltas() -> None:
+    rows = re.findall(r"^\| (\d) \| ([\d.]+) \| ([\d.]+) \|$", (ROOT / "docs/rewards.md").read_text(), re.MULTILINE)
+    assert [int(gates) for gates, _, _ in rows] == list(range(1, 10))
+    for gates, delta, left in rows:
+        m = int(gates)
+        assert float(delta) == pytest.approx(max_safe_delta(m), rel=0.02)
+        scores = np.array([[0.0] + [1.0] * (m - 1)])
+        assert float(left) == pytest.approx(gate_factor(scores, np.zeros(m))[0], abs=6e-4)
+
+
+@pytest.mark.parametrize(
+    ("aggregate", "role", "missing", "rewards"),
+    [
+        # of two objectives u (weight 1) and v (weight 3), v is None on the first of two episodes; bonus b likewise
+        ("gated", "objective", "exclude", [None, 0.7]),
+        ("gated", "objective", "drop", [0.4, 0.7]),
+        ("gated", "objective", "group_mean", [(0.4 + 3 * 0.8) / 4, 0.7]),
+        ("gated", "bonus", "drop", [0.4, 0.4 + 3 * 0.8]),
+        ("gated", "gate", "drop", [0.4 * 0.01 / 1.01, 0.4 * 0.81 / 1.01]),
+        ("weighted_sum", "objective", "exclude", [None, 0.4 + 2.4]),
+        ("weighted_sum", "objective", "drop", [0.4 * 4, 0.4 + 2.4]),
+        ("weighted_sum", "objective", "group_mean", [0.4 + 2.4, 0.4 + 2.4]),
+        ("weighted_sum", "bonus", "drop", [0.4, 0.4 + 2.4]),
+        ("weighted_sum", "gate", "exclude", [0.4, 0.4 + 2.4]),
+        ("min_max_mean", "objective", "exclude", [None, 1.4]),
+        ("min_max_mean", "objective", "drop", [0.4, 1.4]),
+        ("min_max_mean", "bonus", "drop", [0.4, 1.4]),
+        ("min_max_mean", "objective", "group_mean", [1.4, 1.4]),
+        ("min_max_mean", "gate", "exclude", [0.2, 1.4]),
+        ("stagewise_product", "objective", "exclude", [None, 0.4 * 2.4]),
+        ("stagewise_product", "objective", "drop", [0.4, 0.4 * 2.4]),
+        ("stagewise_product", "objective", "group_mean", [0.4 * 2.4, 0.4 * 2.4]),
+        ("stagewise_product", "bonus", "drop", [0.4, 0.4 * 2.4]),
+        ("stagewise_product", "gate", "exclude", [0.0, 0.4 * 2.4]),
+    ],
+)
+def test_the_table_of_missing_scores(aggregate: str, role: str, missing: str, rewards: list[float | None]) -> None:
+    own = Column("v", Role(role), 3.0, missing=Missing(missing))
+    options = {"statistics": {"u": (0.0, 1.0), "v": (0.0, 1.0)}} if aggregate == "min_max_mean" else {}
+    aggregator = build_aggregator(AggregateSection(name=aggregate, **options))
+    table = ScoreTable.from_rows([[0.4, None], [0.4, 0.8]], (Column("u"), own), ["g", "g"])
+    found = [None if np.isnan(value) else float(value) for value in aggregator(table).reward]
+    assert found == pytest.approx(rewards)
 
 
 def in_checkout(*command: str) -> subprocess.CompletedProcess[str]:
