@@ -93,19 +93,26 @@ class _Call:
     def run(self) -> Any:
         try:
             return self.weighted.dimension.function(*self.arguments)
-        except Exception as error:
+        except MemFactoryError as error:  # the judge's: classed by its own fault
+            return error
+        except (Exception, SystemExit) as error:
             return self.weighted.dimension.failure(error, self.where)
 
     async def run_async(self) -> Any:
-        dimension = self.weighted.dimension
-        limit = asyncio.timeout(dimension.deadline)
+        task = asyncio.ensure_future(self._await())
+        done, _ = await asyncio.wait([task], timeout=self.weighted.dimension.deadline)
+        if not done:
+            task.cancel()  # and not waited for: a bare `except:` in the function swallows it
+            return self.hung()
+        return task.result()
+
+    async def _await(self) -> Any:
         try:
-            async with limit:
-                return await dimension.function(*self.arguments)
-        except MemFactoryError as error:  # the judge's: classed by its own fault
+            return await self.weighted.dimension.function(*self.arguments)
+        except MemFactoryError as error:
             return error
-        except Exception as error:
-            return self.hung() if limit.expired() else dimension.failure(error, self.where)
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            return self.weighted.dimension.failure(error, self.where)
 
     def hung(self, why: str = "") -> RewardError:
         dimension = self.weighted.dimension
@@ -152,6 +159,8 @@ class _Call:
             results = list(self.outcome)
         except TypeError as error:
             raise RewardError(what, f"returned {self.outcome!r}", _ONE_EACH) from error
+        except Exception as error:  # a generator runs only now
+            raise dimension.failure(error, self.where) from error
         if len(results) != len(self.episodes):
             raise RewardError(what, f"returned {len(results)} values", _ONE_EACH)
         return results
@@ -192,36 +201,40 @@ class Measuring:
         for episode in episodes:
             if id(episode) not in self._seen:
                 self.submit(episode)
-        done: list[_Call] = []
-        for weighted in self._dimensions:
-            if weighted in self._early:
-                continue
-            complete = list(episodes)
-            if weighted.dimension.scope is Scope.GROUP and gather is not None:
-                complete = _whole_groups(complete, gather)
-            calls = _calls(weighted, complete)
-            if weighted.dimension.asynchronous:
-                self._running += [(call, self._loop.start(call.run_async())) for call in calls]
-            else:
-                _run(calls, weighted.dimension.deadline)
-                done += calls
-        self._wait()
         failed: dict[str, set[int]] = defaultdict(set)
-        for call in [*done, *(call for call, _ in self._running)]:
-            failed[call.weighted.name].update(id(episode) for episode in call.store(faults))
+
+        def store(calls: Sequence[_Call]) -> None:
+            for call in calls:
+                failed[call.weighted.name].update(id(episode) for episode in call.store(faults))
+
+        # functions of groups come last: they may look at the other scores
+        for last in (False, True):
+            for weighted in self._dimensions:
+                of_groups = weighted.dimension.scope is Scope.GROUP
+                if weighted in self._early or of_groups is not last:
+                    continue
+                seen = _whole_groups(episodes, gather) if of_groups and gather is not None else episodes
+                calls = _calls(weighted, seen)
+                if weighted.dimension.asynchronous:
+                    self._running += [(call, self._loop.start(call.run_async())) for call in calls]
+                else:
+                    _run(calls, weighted.dimension.deadline)
+                    store(calls)
+            store(self._wait())
         own = {id(episode) for episode in episodes}  # whole groups have others' episodes too
         faults.by_dimension = {name: len(which & own) for name, which in failed.items() if which & own}
         for weighted in self._dimensions:
             if weighted.dimension.per_turn:
                 for episode in episodes:
                     episode.scores[weighted.name] = _mean(weighted, episode)
-        if self._running:  # these were stored last; people read scores in the recipe's order
-            names = [weighted.name for weighted in self._dimensions]
-            for episode in episodes:
+        names = [weighted.name for weighted in self._dimensions]
+        for episode in episodes:  # people read scores in the recipe's order
+            if list(episode.scores)[-len(names) :] != names:
                 episode.scores |= {name: episode.scores.pop(name) for name in names}
         return faults
 
-    def _wait(self) -> None:
+    def _wait(self) -> list[_Call]:
+        """Wait for the async calls under way and take their outcomes."""
         pending = {future for _, future in self._running}
         while pending:
             _, pending = wait_for_any(pending, timeout=_POLL)
@@ -233,6 +246,8 @@ class Measuring:
         for call, future in self._running:
             why = "an async reward function blocks the event loop: use `await`, or make it an ordinary function"
             call.outcome = call.hung(why) if future in pending else future.result()
+        calls, self._running = [call for call, _ in self._running], []
+        return calls
 
 
 def measure(
@@ -279,7 +294,7 @@ def _calls(weighted: WeightedDimension, episodes: Sequence[Episode]) -> list[_Ca
     return [_Call(weighted, [episode]) for episode in episodes]
 
 
-def _whole_groups(episodes: list[Episode], gather: Gather) -> list[Episode]:
+def _whole_groups(episodes: Sequence[Episode], gather: Gather) -> list[Episode]:
     """`episodes` and, of groups that other ranks hold a part of, the other members (copies)."""
     ranks: list[list[str]] = gather([[episode.group for episode in episodes]])
     counts: dict[str, int] = defaultdict(int)
