@@ -49,18 +49,19 @@ def correlations(values: Floats) -> Floats:
 
     NaN where a dimension is constant or no two episodes have both.
     """
-    known = np.isfinite(values)
+    known = np.isfinite(values).astype(np.float64)
     count = known.sum(axis=0)
     mean = np.nan_to_num(values).sum(axis=0) / np.maximum(count, 1)
-    centered = np.where(known, values - mean, 0.0)
+    centered = np.where(known > 0, values - mean, 0.0)
     # rounding around a constant is no variance
-    constant = np.abs(centered).max(axis=0, initial=0.0) <= 1e-12 * np.maximum(1.0, np.abs(mean))
-    centered[:, constant] = 0.0
-    product = centered.T @ centered
-    squares = (centered**2).T @ known  # [i, j]: squares of i over the episodes that have j
-    with np.errstate(divide="ignore", invalid="ignore"):
-        result: Floats = product / np.sqrt(squares * squares.T)
-    return np.where(np.isfinite(result), np.clip(result, -1.0, 1.0), np.nan)
+    noise = 1e-12 * np.maximum(1.0, np.abs(mean))[:, None]
+    both = np.maximum(known.T @ known, 1)
+    sums = centered.T @ known  # [i, j]: of i, over the episodes that have j too; so their mean is sums / both
+    covariance = centered.T @ centered - sums * sums.T / both
+    variance = (centered**2).T @ known - sums**2 / both
+    variance = np.where(variance > both * noise**2, variance, np.nan)
+    result: Floats = covariance / np.sqrt(variance * variance.T)
+    return np.clip(result, -1.0, 1.0)
 
 
 def ranks(values: Floats) -> Floats:
