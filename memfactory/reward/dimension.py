@@ -13,7 +13,6 @@ from typing import Any
 
 from memfactory.episode import Episode, Score, Turn
 from memfactory.errors import RewardError
-from memfactory.plugins import USER_MODULE, check_options
 
 Value = float | Score | None
 """What a reward function may give for one episode or turn: a number, a Score, or None (could not be measured)."""
@@ -127,6 +126,8 @@ class RewardDimension:
         Raises:
             RecipeErrors: an option is unknown or of the wrong type.
         """
+        from memfactory.plugins import check_options  # pydantic: not for those who only declare a reward
+
         where = f"rewards.{self.name}.options"
         checked = check_options(self.function, options, where, keyword_only=True, supplied=INJECTED)
         return replace(self, function=partial(self.function, **checked))
@@ -255,6 +256,8 @@ def reward(
         raise ValueError("a gate needs a finite range, because its score is scaled to [0, 1]")
 
     def wrap(inner: Callable[..., Any]) -> RewardDimension:
+        from memfactory.plugins import USER_MODULE
+
         name = getattr(inner, "__name__", "reward")
         earlier = getattr(inner, "__globals__", {}).get(name)
         if isinstance(earlier, RewardDimension) and inner.__module__.startswith(USER_MODULE):

@@ -303,7 +303,7 @@ def _whole_groups(episodes: Sequence[Episode], gather: Gather) -> list[Episode]:
             counts[group] += 1
     shared = {group for group, count in counts.items() if count > 1}
     if not shared:
-        return episodes
+        return list(episodes)
     own = [[episode for episode in episodes if episode.group in shared]]
     everyone: list[list[Episode]] = gather(own)
     # which entry is ours: the only one that says the same about the same episodes, by their ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import gc
 import os
@@ -21,7 +22,7 @@ from memfactory.policy.tiny import tiny_tokenizer
 from memfactory.recipe import CreditSection, RolloutSection
 from memfactory.reward.aggregate import WeightedSum
 from memfactory.reward.catalogue import WeightedDimension
-from memfactory.reward.dimension import RewardDimension
+from memfactory.reward.dimension import RewardDimension, reward
 from memfactory.reward.system import RewardSystem
 from memfactory.train.trainer import EpisodeGRPOTrainer, Parts
 
@@ -134,6 +135,22 @@ def recorded_reward() -> WeightedDimension:
         "recorded", lambda e: None if e.memory == "None" else float(e.memory), float("-inf"), float("inf")
     )
     return WeightedDimension("recorded", function, 1.0)
+
+
+@reward(scope="group")
+def rank_in_group(episodes: list[Episode]) -> list[float]:
+    """Share of the group that has less: right only where the whole group is seen."""
+    values = [float(episode.memory) for episode in episodes]
+    return [sum(other < value for other in values) / len(values) for value in values]
+
+
+@reward(scope="turn")
+async def brevity(episode: Episode, turn: Turn) -> float:
+    await asyncio.sleep(0)
+    return 1 / len(turn.completion_ids)
+
+
+EVERY_SCOPE = [WeightedDimension("rank", rank_in_group, 0.5), WeightedDimension("brevity", brevity, 1.0)]
 
 
 class KeepGradients(TrainerCallback):
@@ -293,6 +310,7 @@ class Bench:
     ReplayAgent = ReplayAgent
     KeepGradients = KeepGradients
     recorded_reward = staticmethod(recorded_reward)
+    every_scope = EVERY_SCOPE
 
 
 @pytest.fixture(scope="session")

@@ -15,9 +15,10 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 
-def case(name, *, budget=40, dead=0, tasks=4, seed=1, **options):
+def case(name, *, budget=40, dead=0, tasks=4, seed=1, every_scope=False, **options):
     groups = {"tasks": tasks, "generations": 4, "seed": seed, "dead": dead}
-    return {"name": name, "groups": groups, "budget": budget, "options": {"num_generations": 4} | options}
+    options = {"num_generations": 4} | options
+    return {"name": name, "groups": groups, "budget": budget, "every_scope": every_scope, "options": options}
 
 
 # batch size x 2 ranks x accumulation = all episodes; the ranks differ in tokens, rows and micro-batches
@@ -25,6 +26,13 @@ CASES = [
     *(case(loss, loss_type=loss, per_device_train_batch_size=8) for loss in ("dapo", "grpo", "dr_grpo", "luspo")),
     case("one rank has only a dead group", tasks=2, dead=1, per_device_train_batch_size=4),
     case("a group straddles the ranks", tasks=3, loss_type="grpo", per_device_train_batch_size=6),
+    case("dimensions of every scope", every_scope=True, per_device_train_batch_size=8),
+    case(
+        "dimensions of every scope, and a group straddles the ranks",
+        tasks=3,
+        every_scope=True,
+        per_device_train_batch_size=6,
+    ),
     case(
         "fewer micro-batches than accumulation steps",
         budget=10_000,
@@ -89,7 +97,13 @@ def test_gradient_is_that_of_one_process(bench, tokenizer, tmp_path, on_two_rank
     options = dict(spec["options"])
     options["per_device_train_batch_size"] *= 2  # the same episodes on one process
     alone, _ = bench.ours(
-        bench.groups(**spec["groups"]), bench.make_model(), tokenizer, tmp_path, budget=spec["budget"], **options
+        bench.groups(**spec["groups"]),
+        bench.make_model(),
+        tokenizer,
+        tmp_path,
+        budget=spec["budget"],
+        dimensions=bench.every_scope if spec["every_scope"] else (),
+        **options,
     )
     assert alone[0].norm() > 1e-4
     assert bench.relative(first, alone[0]) < 1e-5

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tests.train.conftest import VOCABULARY, make_model, recorded_groups, step_of_ours, tiny_tokenizer
+from tests.train.conftest import EVERY_SCOPE, VOCABULARY, make_model, recorded_groups, step_of_ours, tiny_tokenizer
 
 
 def main() -> None:
@@ -26,6 +26,7 @@ def main() -> None:
             tiny_tokenizer(VOCABULARY),
             out.parent / f"run{number}",
             budget=case["budget"],
+            dimensions=EVERY_SCOPE if case["every_scope"] else (),
             **case["options"],
         )
         both = [torch.empty_like(steps[0]) for _ in range(dist.get_world_size())]
