@@ -277,7 +277,7 @@ def test_another_process_that_writes_long_holds_up_nobody(make_judge, server: Ch
     judge = make_judge()
     grade_all(judge, rubric, "known")
     other = sqlite3.connect(file, isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
+    other.execute("BEGIN EXCLUSIVE")
 
     async def run() -> float:
         start = time.monotonic()
