@@ -118,22 +118,17 @@ def rescore(run: RunFolder, system: RewardSystem, split: str = "train", scale_re
     Raises:
         DataError: there are none, or the file is not readable.
     """
-    records = list(run.read_episodes(split))
-    if not records:
+    episodes: list[Episode] = []
+    stored: list[_Stored] = []
+    for record in run.read_episodes(split):  # one at a time: the lines are larger than what is kept of them
+        episode = episode_from_record(record)
+        scores = {name: score.value for name, score in episode.scores.items()}
+        stored.append(_Stored(int(record["step"]), str(record["split"]), scores, episode.reward, episode.advantage))
+        episodes.append(episode)
+    if not episodes:
         there = sorted({str(record["split"]) for record in run.read_episodes()})
         what = f"{run.episodes_file}: no episodes of split '{split}'"
         raise DataError(what, "", f"--split {' or '.join(there)}" if there else "rollout.log_episodes stores some")
-    episodes = [episode_from_record(record) for record in records]
-    stored = [
-        _Stored(
-            int(record["step"]),
-            str(record["split"]),
-            {name: score.value for name, score in episode.scores.items()},
-            episode.reward,
-            episode.advantage,
-        )
-        for record, episode in zip(records, episodes, strict=True)
-    ]
     for episode in episodes:
         episode.scores, episode.reward = {}, None
         for turn in episode.turns:

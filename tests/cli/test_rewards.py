@@ -449,6 +449,59 @@ def test_every_shipped_reward_can_be_shown(path: Path, work: Path) -> None:
         assert yaml.safe_load(said[said.index("rewards:\n") :])["rewards"]
 
 
+# ---- rescore ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(bad: Path) -> Path:
+    """A run folder of two groups, of which the second is stored in part."""
+    folder = bad / "run"
+    folder.mkdir()
+    recipe = {
+        "name": "r",
+        "model": {"tiny": {}},
+        "environment": {"name": "fact_words"},
+        "train": {"num_generations": 4},
+    }
+    (folder / "recipe.yaml").write_text(
+        yaml.safe_dump(recipe | {"rewards": [{"name": "bad.trl", "low": 0, "high": 1}]})
+    )
+    lines = [json.loads(line) for line in (bad / "e.jsonl").read_text().splitlines()][:7]
+    stored = [{"schema": 1, "step": 1, "split": "train"} | line for line in lines]
+    (folder / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in stored))
+    return folder
+
+
+def test_rescore_prints_and_writes_what_would_have_been(finished: Path, bad: Path) -> None:
+    (bad / "other.yaml").write_text("rewards: [{name: bad.sometimes, missing: drop}, {name: bad.same}]\n")
+    said = run("rescore", "run", "--recipe", "other.yaml", "--statistics", "s.yaml")
+    for part in (
+        "7 episodes of split train",
+        "bad.sometimes",
+        "groups that teach nothing",
+        "1 incomplete",
+        "b: 3 of 4",
+    ):
+        assert part in said
+    assert "written: run/rescored/other" in said
+    assert len((finished / "rescored/other/episodes.jsonl").read_text().splitlines()) == 7
+    statistics = yaml.safe_load((bad / "s.yaml").read_text())["aggregate"]["statistics"]
+    assert statistics == {"bad.sometimes": [1.0, 1.0], "bad.same": [1.0, 1.0]}
+    run("rescore", "run", "credit.advantage=rloo")
+    run("rescore", "run", "--name", "mine")
+    assert {path.name for path in (finished / "rescored").iterdir()} == {"other", "changed", "mine"}
+
+
+def test_rescore_with_a_reward_that_fails_ends_with_one(finished: Path) -> None:
+    said = run("rescore", "run", "rewards=[{name: bad.raises}]", code=1)
+    assert "faults/reward: 7" in said
+    assert "no attribute 'txt'" in said
+    with pytest.raises(DataError, match="--split train"):
+        run("rescore", "run", "--split", "eval")
+    with pytest.raises(DataError, match="no run folder"):
+        run("rescore", "nothing")
+
+
 # ---- lint and calibrate ----------------------------------------------------------------------
 
 
@@ -465,6 +518,15 @@ def test_lint_of_a_recipe(bad: Path) -> None:
     assert "outcome" in said
     assert "warning: bad.same: a plain bonus, no potential" in said
     assert "nothing to remark" in run("lint", "memagent/quickstart")
+
+
+@pytest.mark.slow
+def test_a_dry_run_ends_with_what_the_linter_says(bad: Path) -> None:
+    rewards = "rewards=[{name: answer.token_f1}, {name: bad.same, role: bonus}]"
+    result = CliRunner().invoke(app, ["train", "memagent/quickstart", "--dry-run", rewards], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "warning: bad.same: a plain bonus, no potential" in result.output
+    assert result.output.rstrip().endswith("dry run passed")
 
 
 RUBRIC = """

@@ -77,7 +77,8 @@ def list_rewards() -> None:
     rows = [(f"{file.name}.{key}", own) for file in shown for key, own in file.dimensions.items()]
     width = max((len(name) for name, _ in rows), default=0)
     for file in shown:
-        say(f"{file.owner}: {short_path(file.path)}", "bold")
+        # where the package lies says nothing here; `show` gives the place
+        say(f"{file.owner}: {short_path(file.path) if file.owner == 'yours' else file.path.name}", "bold")
         if file.error:
             say(f"  cannot be imported: {file.error}", "red")
         elif not file.dimensions:

@@ -93,6 +93,8 @@ def _print(console: Console, result: Rescored, split: str) -> None:
         console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     say(f"{len(result.episodes)} episodes of split {split}\n")
+    if not any(turn.completion_ids for episode in result.episodes for turn in episode.turns):
+        say("note: they were stored without tokens, so rewards that count tokens count words or nothing\n")
     table = Table("mean of", "stored", "rescored", box=None, pad_edge=False, header_style="bold")
     for name, change in [*result.dimensions.items(), ("reward", result.reward)]:
         table.add_row(name, *_cells(change), style="bold" if name == "reward" else "")
