@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from memfactory.reward.aggregate import EPSILON
-from memfactory.reward.table import Floats, Ints, codes, group_mean, group_std
+from memfactory.reward.table import Bools, Floats, Ints, codes, group_mean, group_std
 
 Estimator = Literal["standardized", "centered", "rloo", "batch", "none"]
 
@@ -54,7 +54,13 @@ class Advantages:
         return 1 - self.share(GroupState.SIGNAL)
 
 
-def advantages(rewards: Floats, groups: Ints, estimator: Estimator = "standardized", floor: float = 0.0) -> Advantages:
+def advantages(
+    rewards: Floats,
+    groups: Ints,
+    estimator: Estimator = "standardized",
+    floor: float = 0.0,
+    shown: Floats | None = None,
+) -> Advantages:
     """Advantage of each sample against the others of its group.
 
     With mean and Bessel-corrected std over the group's measured rewards, n of them:
@@ -72,15 +78,15 @@ def advantages(rewards: Floats, groups: Ints, estimator: Estimator = "standardiz
         groups: (N,) codes 0 .. number of groups - 1.
         estimator: one of the above.
         floor: smallest std that is divided by, in units of reward: a tied group's noise keeps its size.
+        shown: (N,) what says whether a group without signal is solved or failed, where `rewards` are already relative
+            to the group.
     """
     measured = np.isfinite(rewards)
     size = int(groups.max()) + 1 if groups.size else 0
     if not size:
         return Advantages(np.zeros(0), np.zeros(0), [])
     count = np.bincount(groups, measured, size)
-    highest, lowest = np.full(size, -np.inf), np.full(size, np.inf)
-    np.maximum.at(highest, groups[measured], rewards[measured])
-    np.minimum.at(lowest, groups[measured], rewards[measured])
+    lowest, highest = _extremes(rewards[measured], groups[measured], size)
     best, worst = (rewards[measured].max(), rewards[measured].min()) if measured.any() else (0.0, 0.0)
     enough = count >= 2
     # a spread this small is the rounding of a sum, no difference
@@ -104,21 +110,36 @@ def advantages(rewards: Floats, groups: Ints, estimator: Estimator = "standardiz
         with np.errstate(invalid="ignore"):
             values = (rewards - group_mean(rewards, groups)[groups]) / divisors
         values = np.where(measured & live[groups], np.nan_to_num(values), 0.0)
-    states = [
-        _state(*group, best, worst) for group in zip(enough.tolist(), live.tolist(), highest.tolist(), strict=True)
-    ]
+    states = _states(enough, live, (rewards if shown is None else shown)[measured], groups[measured])
     return Advantages(values, divisors, states)
 
 
-def _state(enough: bool, live: bool, value: float, best: float, worst: float) -> GroupState:
-    """State of a group; `value` is its highest reward, hence every one's where the group is not live."""
-    if not enough:
-        return GroupState.UNMEASURED
-    if live:
-        return GroupState.SIGNAL
-    if value == best and value > 0:
-        return GroupState.SOLVED
-    return GroupState.FAILED if value in (best, worst) else GroupState.TIED
+def _extremes(values: Floats, groups: Ints, size: int) -> tuple[Floats, Floats]:
+    """Lowest and highest of each group, (size,) each."""
+    lowest, highest = np.full(size, np.inf), np.full(size, -np.inf)
+    np.minimum.at(lowest, groups, values)
+    np.maximum.at(highest, groups, values)
+    return lowest, highest
+
+
+def _states(enough: Bools, live: Bools, rewards: Floats, groups: Ints) -> list[GroupState]:
+    """States of groups that have enough episodes, and live ones a signal; `rewards` of those that have one."""
+    lowest, highest = _extremes(rewards, groups, len(live))
+    best, worst = highest.max(), lowest.min()
+    near = 1e-9 * max(1.0, abs(best), abs(worst))
+    states = []
+    for group in range(len(live)):
+        if not enough[group]:
+            states.append(GroupState.UNMEASURED)
+        elif live[group]:
+            states.append(GroupState.SIGNAL)
+        elif lowest[group] >= best - near and best > 0:
+            states.append(GroupState.SOLVED)
+        elif highest[group] <= worst + near or lowest[group] >= best - near:
+            states.append(GroupState.FAILED)
+        else:
+            states.append(GroupState.TIED)
+    return states
 
 
 def group_advantages(
