@@ -204,7 +204,7 @@ class RewardSystem:
             rewards, signal = rewards[order], signal[order]
             turn_rewards = shuffled(turn_rewards, batch.slot, seed)
         estimator = self.estimator(scale_rewards)
-        result = advantages(signal, batch.groups, estimator, self.credit.std_floor)
+        result = advantages(signal, batch.groups, estimator, self.credit.std_floor, shown=rewards)
         credit = CreditBatch(
             rewards=signal,
             advantages=result.values,
@@ -224,7 +224,7 @@ class RewardSystem:
 
         metrics, record = self._statistics(batch, table, turn_values)
         metrics |= {f"reward/{name}": _nanmean(part) for name, part in aggregate.parts.items()}
-        for part in self._parts().values():
+        for part in {id(part): part for part in self._parts().values()}.values():  # one may stand under two names
             if hasattr(part, "update"):
                 part.update(table)
         return Assessment(rewards, result, metrics, record)

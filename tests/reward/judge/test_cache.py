@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from judge_server import ChatServer, Reply, fields_of
 
-from memfactory.reward.judge import Rubric
+from memfactory.reward.judge import Rubric, cache
 from memfactory.reward.judge.cache import CacheWarning
 
 ASKING = Path(__file__).with_name("asking.py")
@@ -292,6 +292,22 @@ def test_another_process_that_writes_long_holds_up_nobody(make_judge, server: Ch
     other.close()
     asyncio.run(judge.aclose())
     assert verdicts_of(file) == 65
+
+
+def test_a_write_that_was_refused_is_made_later(make_judge, server: ChatServer, rubric, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(cache, "BUSY", 0.1)
+    judge = make_judge()
+    grade_all(judge, rubric, "known")
+    other = sqlite3.connect(tmp_path / "judge.sqlite", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.warns(CacheWarning, match="locked"):
+        assert grade_all(judge, rubric, "new") == [1.0]
+    assert grade_all(judge, rubric, "new") == [1.0]
+    assert len(server.requests) == 2, "what waits to be written is found too"
+    other.execute("COMMIT")
+    other.close()
+    asyncio.run(judge.aclose())
+    assert verdicts_of(tmp_path / "judge.sqlite") == 2
 
 
 def test_a_stored_label_that_the_rubric_no_longer_has_is_asked_again(make_judge, server, rubric, tmp_path) -> None:
