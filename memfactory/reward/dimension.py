@@ -24,9 +24,9 @@ class Scope(StrEnum):
     EPISODE = "episode"
     """``f(episode) -> value``."""
     TURN = "turn"
-    """``f(episode, turn) -> value``, for every turn."""
+    """``f(episode, turn) -> value``, for every turn; or ``f(episode) -> values``, one for each turn."""
     MODULE = "module"
-    """``f(episode, turn) -> value``, for the turns of one module; moves that module's turns alone."""
+    """The same for the turns of one module; moves that module's turns alone."""
     GROUP = "group"
     """``f(episodes) -> values``: all episodes of one task, one value for each."""
 
@@ -93,6 +93,15 @@ class RewardDimension:
     @property
     def per_turn(self) -> bool:
         return self.scope in (Scope.TURN, Scope.MODULE)
+
+    @property
+    def whole_episode(self) -> bool:
+        """Whether a function of turns takes the episode alone and returns a list: credit that is shared out."""
+        try:
+            parameters = inspect.signature(self.function).parameters.values()
+        except (TypeError, ValueError):
+            return False
+        return self.per_turn and sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) == 1
 
     @property
     def place(self) -> str:

@@ -11,159 +11,26 @@ import asyncio
 import math
 import threading
 import time
-import traceback
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for_any
-from dataclasses import dataclass, field
 from typing import Any
 
-from memfactory.episode import Episode, Score, Turn
-from memfactory.errors import MemFactoryError, RewardError
+from memfactory.episode import Episode, Score
 from memfactory.reward.background import BackgroundLoop
+from memfactory.reward.call import Call, calls_of, takes_lists
 from memfactory.reward.catalogue import WeightedDimension
 from memfactory.reward.dimension import RewardDimension, Scope
+from memfactory.reward.faults import Faults
 
 MAX_HANGS = 3
 """Calls of one function that may hang in a batch before the rest of its calls is not made."""
-MAX_EXAMPLES = 3
-"""Faults told in words, beyond the first of each kind."""
-_ONE_EACH = "return a list with one value per episode"
 _POLL = 1.0
 """Seconds between looks at an event loop that has work."""
 
 Gather = Callable[[list[Any]], list[Any]]
 """Concatenates the lists of all ranks, e.g. `accelerate.utils.gather_object`."""
-
-
-@dataclass(slots=True)
-class Faults:
-    """Failed measurements of one batch, by the fault class of their cause."""
-
-    count: dict[str, int] = field(default_factory=dict)
-    by_dimension: dict[str, int] = field(default_factory=dict)
-    """Episodes on which a dimension failed."""
-    examples: list[str] = field(default_factory=list)
-    """The first of every dimension and class, so that a loud fault does not hide another; then up to three."""
-    tracebacks: list[str] = field(default_factory=list)
-    """Of the examples that have one."""
-    _shown: set[tuple[str, str]] = field(default_factory=set)
-
-    def add(self, error: MemFactoryError, dimension: str = "") -> None:
-        self.count[error.fault] = self.count.get(error.fault, 0) + 1
-        kind = (dimension, error.fault)
-        if kind in self._shown and len(self.examples) >= MAX_EXAMPLES:
-            return
-        self._shown.add(kind)
-        self.examples.append(str(error))
-        if error.__cause__ is not None:
-            self.tracebacks.append("".join(traceback.format_exception(error.__cause__)))
-
-
-@dataclass(slots=True)
-class _Call:
-    """One call of a reward function, and what came of it."""
-
-    weighted: WeightedDimension
-    episodes: list[Episode]
-    """One, or those a function of lists was called with."""
-    turn: Turn | None = None
-    outcome: Any = None
-
-    @property
-    def lists(self) -> bool:
-        dimension = self.weighted.dimension
-        return dimension.batched or dimension.scope is Scope.GROUP
-
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        if self.lists:
-            return (list(self.episodes),)
-        return (self.episodes[0],) if self.turn is None else (self.episodes[0], self.turn)
-
-    @property
-    def where(self) -> str:
-        first = self.episodes[0]
-        name = f"task {first.task.id}" + (f", episode {first.id}" if first.id else "")
-        if self.lists:
-            return f"{len(self.episodes)} episodes from {name}"
-        return name if self.turn is None else f"{name}, turn {_position(first.turns, self.turn)}"
-
-    def run(self) -> Any:
-        try:
-            return self.weighted.dimension.function(*self.arguments)
-        except MemFactoryError as error:  # the judge's: classed by its own fault
-            return error
-        except (Exception, SystemExit) as error:
-            return self.weighted.dimension.failure(error, self.where)
-
-    async def run_async(self) -> Any:
-        task = asyncio.ensure_future(self._await())
-        done, _ = await asyncio.wait([task], timeout=self.weighted.dimension.deadline)
-        if not done:
-            task.cancel()  # and not waited for: a bare `except:` in the function swallows it
-            return self.hung()
-        return task.result()
-
-    async def _await(self) -> Any:
-        try:
-            return await self.weighted.dimension.function(*self.arguments)
-        except MemFactoryError as error:
-            return error
-        except (Exception, SystemExit, asyncio.CancelledError) as error:
-            return self.weighted.dimension.failure(error, self.where)
-
-    def hung(self, why: str = "") -> RewardError:
-        dimension = self.weighted.dimension
-        return RewardError(
-            f"reward '{dimension.name}' ({dimension.place}) on {self.where}",
-            why or f"no answer within {dimension.deadline:g} s",
-            "make it faster, or raise its deadline: @reward(deadline=...) or `deadline:` in the recipe",
-        )
-
-    def store(self, faults: Faults) -> list[Episode]:
-        """Put the score on the episode or turn, or None and the reason.
-
-        Returns:
-            the episodes on which it failed.
-        """
-        dimension, name = self.weighted.dimension, self.weighted.name
-        try:
-            if isinstance(self.outcome, MemFactoryError):
-                raise self.outcome
-            results = self._results() if self.lists else [self.outcome]
-        except MemFactoryError as error:
-            faults.add(error, name)
-            failed = Score(None, error.why or error.what)
-            for episode in self.episodes:
-                (episode.scores if self.turn is None else self.turn.scores)[name] = failed
-            return self.episodes
-        wrong = []
-        for episode, result in zip(self.episodes, results, strict=True):
-            target = episode.scores if self.turn is None else self.turn.scores
-            try:
-                target[name] = dimension.check(result, f"task {episode.task.id}" if self.lists else self.where)
-            except MemFactoryError as error:
-                faults.add(error, name)
-                target[name] = Score(None, error.why or error.what)
-                wrong.append(episode)
-        return wrong
-
-    def _results(self) -> Sequence[Any]:
-        dimension = self.weighted.dimension
-        what = f"reward '{dimension.name}' ({dimension.place}) on {self.where}"
-        try:
-            if isinstance(self.outcome, str | bytes | dict):
-                raise TypeError
-            results = list(self.outcome)
-        except TypeError as error:
-            raise RewardError(what, f"returned {self.outcome!r}", _ONE_EACH) from error
-        except Exception as error:  # a generator runs only now
-            raise dimension.failure(error, self.where) from error
-        if len(results) != len(self.episodes):
-            raise RewardError(what, f"returned {len(results)} values", _ONE_EACH)
-        return results
 
 
 class Measuring:
@@ -177,9 +44,9 @@ class Measuring:
     def __init__(self, dimensions: Sequence[WeightedDimension], loop: BackgroundLoop | None = None) -> None:
         self._dimensions = dimensions
         self._loop = loop or BackgroundLoop()
-        self._early = [w for w in dimensions if w.dimension.asynchronous and not _takes_lists(w.dimension)]
+        self._early = [w for w in dimensions if w.dimension.asynchronous and not takes_lists(w.dimension)]
         self._lock = threading.Lock()
-        self._running: list[tuple[_Call, Future[Any]]] = []
+        self._running: list[tuple[Call, Future[Any]]] = []
         self._seen: set[int] = set()
 
     def submit(self, episode: Episode) -> None:
@@ -187,7 +54,7 @@ class Measuring:
         with self._lock:
             self._seen.add(id(episode))
             for weighted in self._early:
-                for call in _calls(weighted, [episode]):
+                for call in calls_of(weighted, [episode]):
                     self._running.append((call, self._loop.start(call.run_async())))
 
     def finish(self, episodes: Sequence[Episode], gather: Gather | None = None) -> Faults:
@@ -203,7 +70,7 @@ class Measuring:
                 self.submit(episode)
         failed: dict[str, set[int]] = defaultdict(set)
 
-        def store(calls: Sequence[_Call]) -> None:
+        def store(calls: Sequence[Call]) -> None:
             for call in calls:
                 failed[call.weighted.name].update(id(episode) for episode in call.store(faults))
 
@@ -214,7 +81,7 @@ class Measuring:
                 if weighted in self._early or of_groups is not last:
                     continue
                 seen = _whole_groups(episodes, gather) if of_groups and gather is not None else episodes
-                calls = _calls(weighted, seen)
+                calls = calls_of(weighted, seen)
                 if weighted.dimension.asynchronous:
                     self._running += [(call, self._loop.start(call.run_async())) for call in calls]
                 else:
@@ -233,7 +100,7 @@ class Measuring:
                 episode.scores |= {name: episode.scores.pop(name) for name in names}
         return faults
 
-    def _wait(self) -> list[_Call]:
+    def _wait(self) -> list[Call]:
         """Wait for the async calls under way and take their outcomes."""
         pending = {future for _, future in self._running}
         while pending:
@@ -263,35 +130,14 @@ def measure_one(dimension: RewardDimension, episode: Episode) -> Score:
     Raises:
         MemFactoryError: the function failed.
     """
-    calls = _calls(WeightedDimension(dimension.name, dimension), [episode])
+    calls = calls_of(WeightedDimension(dimension.name, dimension), [episode])
     for call in calls:
         call.outcome = asyncio.run(call.run_async()) if dimension.asynchronous else call.run()
-        if isinstance(call.outcome, MemFactoryError):
-            raise call.outcome
-        result = call._results()[0] if call.lists else call.outcome
-        score = dimension.check(result, call.where)
-        (episode.scores if call.turn is None else call.turn.scores)[dimension.name] = score
+        for (own, turn), value in zip(call.targets, call.values(), strict=True):
+            (own if turn is None else turn).scores[dimension.name] = dimension.check(value, call.where)
     if dimension.per_turn:
         episode.scores[dimension.name] = _mean(WeightedDimension(dimension.name, dimension), episode)
     return episode.scores[dimension.name]
-
-
-def _takes_lists(dimension: RewardDimension) -> bool:
-    return dimension.batched or dimension.scope is Scope.GROUP
-
-
-def _calls(weighted: WeightedDimension, episodes: Sequence[Episode]) -> list[_Call]:
-    dimension = weighted.dimension
-    if dimension.scope is Scope.GROUP:
-        groups: dict[str, list[Episode]] = defaultdict(list)
-        for episode in episodes:
-            groups[episode.group].append(episode)
-        return [_Call(weighted, members) for members in groups.values()]
-    if dimension.batched:
-        return [_Call(weighted, list(episodes))] if episodes else []
-    if dimension.per_turn:
-        return [_Call(weighted, [e], turn) for e in episodes for turn in e.turns if dimension.speaks_about(turn)]
-    return [_Call(weighted, [episode]) for episode in episodes]
 
 
 def _whole_groups(episodes: Sequence[Episode], gather: Gather) -> list[Episode]:
@@ -313,7 +159,7 @@ def _whole_groups(episodes: Sequence[Episode], gather: Gather) -> list[Episode]:
     return [*episodes, *others]
 
 
-def _run(calls: list[_Call], deadline: float | None) -> None:
+def _run(calls: list[Call], deadline: float | None) -> None:
     """Make ordinary calls one after another, in a thread that can be left behind when one hangs."""
     if deadline is None:
         for call in calls:
@@ -342,7 +188,7 @@ def _run(calls: list[_Call], deadline: float | None) -> None:
 class _Worker(threading.Thread):
     """Makes calls from `start` on until it is abandoned."""
 
-    def __init__(self, calls: list[_Call], start: int) -> None:
+    def __init__(self, calls: list[Call], start: int) -> None:
         super().__init__(name="memfactory-reward", daemon=True)  # a hung call must not keep the process alive
         self._calls, self._start = calls, start
         self._outcomes: list[Any] = []
@@ -378,7 +224,3 @@ def _mean(weighted: WeightedDimension, episode: Episode) -> Score:
     if not scores:
         return Score(None, "it speaks about no turn of this episode")
     return Score(math.fsum(score.value for score in scores if score.value is not None) / len(scores))
-
-
-def _position(turns: Sequence[Turn], turn: Turn) -> int:
-    return next(index for index, own in enumerate(turns) if own is turn)

@@ -324,6 +324,16 @@ class RewardSystem:
             metrics |= {f"judge/{name}": value for name, value in self.judge.metrics().items()}
         return metrics, record
 
+    def set_weight(self, name: str, weight: float) -> None:
+        """Change the weight of a dimension while a run goes on: what a controller does. Checkpoints keep it.
+
+        Raises:
+            KeyError: there is no dimension of that name.
+        """
+        if name not in self._names:
+            raise KeyError(name)
+        self.dimensions = [replace(w, weight=weight) if w.name == name else w for w in self.dimensions]
+
     # ---- checkpoints -------------------------------------------------------------------------
 
     def _parts(self) -> dict[str, Any]:

@@ -1,0 +1,35 @@
+"""Failed measurements: counted by whose fault they are, and told with an example of each kind."""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import dataclass, field
+
+from memfactory.errors import MemFactoryError
+
+MAX_EXAMPLES = 3
+"""Faults told in words, beyond the first of each kind."""
+
+
+@dataclass(slots=True)
+class Faults:
+    """Failed measurements of one batch, by the fault class of their cause."""
+
+    count: dict[str, int] = field(default_factory=dict)
+    by_dimension: dict[str, int] = field(default_factory=dict)
+    """Episodes on which a dimension failed."""
+    examples: list[str] = field(default_factory=list)
+    """The first of every dimension and class, so that a loud fault does not hide another; then up to three."""
+    tracebacks: list[str] = field(default_factory=list)
+    """Of the examples that have one."""
+    _shown: set[tuple[str, str]] = field(default_factory=set)
+
+    def add(self, error: MemFactoryError, dimension: str = "") -> None:
+        self.count[error.fault] = self.count.get(error.fault, 0) + 1
+        kind = (dimension, error.fault)
+        if kind in self._shown and len(self.examples) >= MAX_EXAMPLES:
+            return
+        self._shown.add(kind)
+        self.examples.append(str(error))
+        if error.__cause__ is not None:
+            self.tracebacks.append("".join(traceback.format_exception(error.__cause__)))
