@@ -51,6 +51,7 @@ def comparison(
         first = inspect.Parameter("episodes", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         function.__signature__ = inspect.Signature([first, *injected])  # type: ignore[attr-defined]
         function.__name__, function.__doc__ = inner.__name__, inner.__doc__
+        function.__wrapped__ = inner  # type: ignore[attr-defined]  # messages name the user's file and line
         return RewardDimension(inner.__name__, function, scope=Scope.GROUP, role=Role(role), deadline=deadline)
 
     return wrap if compare is None else wrap(compare)

@@ -187,7 +187,7 @@ class RewardDimension:
         fault = RewardError(
             f"reward '{self.name}' ({self.place}) on {where}",
             f"{type(error).__name__}: {error}{line}",
-            "fix the function",
+            "mend it there, or return Score(None, 'why') for what it cannot measure",
         )
         fault.__cause__ = error
         return fault

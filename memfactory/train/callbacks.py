@@ -54,6 +54,13 @@ def verdict(logs: dict[str, float]) -> str:
     return text
 
 
+def gates(logs: dict[str, float]) -> str:
+    """How many episodes pass each gate, worst first; empty without gates."""
+    rates = {key.split("/")[1]: value for key, value in logs.items() if key.endswith("/pass_rate")}
+    worst = sorted((rate, name) for name, rate in rates.items() if not math.isnan(rate))[:3]
+    return "".join(f"  {name} passes {rate:.0%}" for rate, name in worst)
+
+
 class RunLog(TrainerCallback):
     """Writes metrics to the run folder and prints one line per log step."""
 
@@ -87,7 +94,7 @@ class RunLog(TrainerCallback):
         )
         self.progress.console.print(
             f"step {state.global_step:>4}/{state.max_steps}  reward {_shown(logs.get('reward'))} "
-            f"± {logs.get('reward_std') or 0.0:.2f}  {verdict(logs)}  {seconds:.1f} s",
+            f"± {logs.get('reward_std') or 0.0:.2f}{gates(logs)}  {verdict(logs)}  {seconds:.1f} s",
             highlight=False,
             soft_wrap=True,
         )

@@ -44,7 +44,7 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "use_vllm": (False, "generation with vLLM is not wired to episodes yet; leave it out"),
     "use_transformers_continuous_batching": (False, "episodes are batched by our own scheduler; leave it out"),
     "use_liger_kernel": (False, "TRL deprecates it; leave it out"),
-    "multi_objective_aggregation": ("sum_then_normalize", "dimensions are summed by weight; leave it out"),
+    "multi_objective_aggregation": ("sum_then_normalize", "use `aggregate: {name: normalize_then_sum}`"),
     "entropy_coef": (0.0, _PER_PASS),
     "use_adaptive_entropy": (False, _PER_PASS),
     "top_entropy_quantile": (1.0, _PER_PASS),
