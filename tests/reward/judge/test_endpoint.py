@@ -155,8 +155,8 @@ def test_slow_is_not_failed(make_judge, server, rubric) -> None:
 def test_the_deadline_covers_all_attempts(make_judge, server, rubric) -> None:
     server.answer = lambda request, number: Reply(status=500, delay=0.3)
     with pytest.raises(JudgeError):
-        asyncio.run(make_judge(deadline=1.0, attempts=50).grade(rubric, answer="x"))
-    assert 2 <= len(server.requests) <= 4
+        asyncio.run(make_judge(deadline=2.0, attempts=50).grade(rubric, answer="x"))
+    assert 2 <= len(server.requests) <= 7
 
 
 def test_waiting_for_a_place_does_not_count(make_judge, server, rubric) -> None:
