@@ -55,6 +55,7 @@ def trained_tasks(folder: Path) -> list[tuple[int, list[str]]]:
 
 def assert_same_run(one: Path, other: Path) -> None:
     assert trained_tasks(one) == trained_tasks(other)
+    assert (one / "rewards.jsonl").read_bytes() == (other / "rewards.jsonl").read_bytes()
     first, second = load_file(one / "model" / "model.safetensors"), load_file(other / "model" / "model.safetensors")
     assert first.keys() == second.keys()
     for name, tensor in first.items():
@@ -63,9 +64,11 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 # (2, 1): two updates per generation batch, so a checkpoint can fall between them
 @pytest.mark.slow
-@pytest.mark.parametrize("updates_per_batch", [1, 2])
-def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, updates_per_batch: int) -> None:
-    options = (f"train.steps_per_generation={updates_per_batch}", "train.gradient_accumulation_steps=1")
+@pytest.mark.parametrize(("updates_per_batch", "stateful"), [(1, False), (2, False), (1, True)])
+def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, updates_per_batch: int, stateful: bool) -> None:
+    options = [f"train.steps_per_generation={updates_per_batch}", "train.gradient_accumulation_steps=1"]
+    if stateful:  # rewards depend on what earlier batches were like
+        options.append(f"aggregate.name={Path(__file__).with_name('running_weights.py')}:RunningWeights")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(start(whole, *options))
     assert len(trained_tasks(whole)) == 6 // updates_per_batch
