@@ -218,6 +218,16 @@ def test_the_mean_of_the_group_stands_in(name):
     assert reward == pytest.approx(outcome(ALL[name], table(rows, ["g"] * 4 + ["h"] * 4))[0], abs=1e-12)
 
 
+@every
+def test_who_has_no_reward_is_not_in_the_mean_that_stands_in(aggregator):
+    """b of the second could not be measured, so it leaves; its a = 1 must not fill the a of the first."""
+    made = [Column("a", missing=Missing.GROUP_MEAN), Column("b", missing=Missing.EXCLUDE)]
+    scores = table([[None, 0.5], [1.0, None], [0.25, 0.5], [0.75, 0.25]], ["g"] * 4, made)
+    fewer, keep = without(scores, {1})
+    for full, part in zip(outcome(aggregator, scores), outcome(aggregator, fewer), strict=True):
+        assert full[keep] == pytest.approx(part, abs=1e-12)
+
+
 def test_normalised_the_mean_of_the_group_adds_nothing():
     rows = [[None, 0.2], [1.0, 0.2], [0.0, 0.2]]
     made = [Column("a", missing=Missing.GROUP_MEAN), Column("b")]
