@@ -303,6 +303,13 @@ def test_a_turn_the_potential_does_not_speak_about_leaves_it_where_it_was():
     assert steps == pytest.approx([0.0, 0.25, 0.25, 0.4])  # half of it: the slot's mean is half way to 0
 
 
+def test_every_episode_begins_at_zero():
+    """Search, write, answer in both: the second turn of the second begins in 0, not where the first episode ended."""
+    episodes = [episode(r, [turn("search"), turn("write", p), turn("answer")]) for r, p in ((1.0, 0.75), (0.0, 0.25))]
+    assess(episodes, potential(module="write"))
+    assert advantages_of(episodes) == [[0.5, 0.5, 0.25], [-0.5, -0.5, -0.25]]
+
+
 def test_nothing_is_shaped_at_weight_zero_or_without_potentials():
     plain, silent = two_episodes(), two_episodes()
     assess(plain)
