@@ -71,8 +71,8 @@ def settle(table: ScoreTable) -> tuple[ScoreTable, Floats]:
     missing = np.isnan(table.values)  # (N, D)
     values = table.values.copy()
     excluded = np.zeros(len(values), dtype=bool)
-    needed = table.where(Role.OBJECTIVE) or list(range(len(table.columns)))
-    if needed:  # nothing measured of what the episode is for
+    needed = table.where(Role.OBJECTIVE) or ([] if table.where(Role.GATE) else table.where(Role.BONUS))
+    if needed:  # nothing measured of what the episode is for; gates by themselves fail closed
         excluded |= missing[:, needed].all(axis=1)
     for k, column in enumerate(table.columns):
         if column.role is not Role.GATE and column.missing is Missing.EXCLUDE:

@@ -105,9 +105,12 @@ def turn_advantages(
 def shaping_term(batch: CreditBatch, options: CreditSection) -> Floats:
     """What potentials add to the advantage of every turn, (M,).
 
-    (S_t - mean of S_t over the same turn of the group) / the group's divisor, with S_t the shaped return minus the
-    reward. Subtracting the mean of the slot and not of the episode keeps the mean gradient and lowers its variance.
+    (S_t - mean of S_t over the same turn of the group) / divisor, with S_t the shaped return minus the reward.
+    Subtracting the mean of the slot and not of the episode keeps the mean gradient and lowers its variance. The
+    divisor is the group's or, where that is smaller, the median over the batch: rewards that nearly tie must not blow
+    potentials up.
     """
+    divisors = np.maximum(batch.divisors, np.median(batch.divisors))
     surplus = np.full(len(batch.episode), np.nan)
     ends = np.flatnonzero(batch.last) + 1
     for start, end in zip(np.concatenate([[0], ends[:-1]]), ends, strict=True):
@@ -115,5 +118,5 @@ def shaping_term(batch: CreditBatch, options: CreditSection) -> Floats:
         if np.isfinite(outcome) and np.isfinite(own).all():
             surplus[start:end] = shaped_returns(outcome, own, options.gamma, options.lam) - outcome
     with np.errstate(invalid="ignore"):
-        term = (surplus - group_mean(surplus, batch.slot)[batch.slot]) / batch.divisors[batch.episode]
+        term = (surplus - group_mean(surplus, batch.slot)[batch.slot]) / divisors[batch.episode]
     return np.nan_to_num(term)

@@ -79,7 +79,8 @@ class RewardDimension:
     deadline: float | None = DEADLINE
     """Seconds one call may take; None: no limit."""
     noise: float = 0.0
-    """Differences smaller than this mean nothing; a group's spread below it is not normalised up to full size."""
+    """Differences smaller than this mean nothing. Under `normalize_then_sum` a group's spread below it is not
+    normalised up to full size; the other aggregators have `credit.std_floor`."""
     batched: bool = False
     """An episode-scope function that takes a list of unrelated episodes at once and returns as many values."""
 
@@ -184,10 +185,13 @@ class RewardDimension:
         """`error` of the function as a fault that names function, episode and the line that raised."""
         frames = traceback.extract_tb(error.__traceback__)
         line = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+        fix = "mend it there, or return Score(None, 'why') for what it cannot measure"
+        if "main thread" in str(error):  # a timeout by signal, as math-verify has
+            fix = "add `deadline: 0` to its entry in the recipe: it is then called in the main thread"
         fault = RewardError(
             f"reward '{self.name}' ({self.place}) on {where}",
             f"{type(error).__name__}: {error}{line}",
-            "mend it there, or return Score(None, 'why') for what it cannot measure",
+            fix,
         )
         fault.__cause__ = error
         return fault

@@ -199,10 +199,12 @@ class RewardSystem:
         self._refuse_failures(rewards, batch, max_failed_share)
 
         signal = rewards if aggregate.signal is None else aggregate.signal
+        potentials = self._potentials(turn_values, batch)
         if self.credit.shuffle_rewards:
             order = shuffled(np.arange(len(rewards), dtype=np.float64), batch.groups, seed).astype(np.int64)
             rewards, signal = rewards[order], signal[order]
             turn_rewards = shuffled(turn_rewards, batch.slot, seed)
+            potentials = shuffled(potentials, batch.slot, seed)
         estimator = self.estimator(scale_rewards)
         result = advantages(signal, batch.groups, estimator, self.credit.std_floor, shown=rewards)
         credit = CreditBatch(
@@ -215,7 +217,7 @@ class RewardSystem:
             slot=batch.slot,
             last=batch.last,
             turn_rewards=turn_rewards,
-            potentials=self._potentials(turn_values, batch),
+            potentials=potentials,
         )
         mixed = any(self._counts(k) for k in self._of_turns)
         per_turn = turn_advantages(credit, self.credit, estimator, self.assigner, mixed=mixed)

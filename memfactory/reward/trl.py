@@ -30,18 +30,17 @@ def from_trl(function: Callable[..., Any], name: str) -> RewardDimension:
 
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):  # noqa: B004
 
-        async def call_async(episodes: Sequence[Episode]) -> Any:
-            return await function(**arguments(episodes))
+        async def call_async(episodes: Sequence[Episode], **options: Any) -> Any:
+            return await function(**(arguments(episodes) | options))
 
         adapted: Callable[..., Any] = call_async
     else:
 
-        def call(episodes: Sequence[Episode]) -> Any:
-            return function(**arguments(episodes))
+        def call(episodes: Sequence[Episode], **options: Any) -> Any:
+            return function(**(arguments(episodes) | options))
 
         adapted = call
-    if hasattr(function, "__code__"):  # messages then name the user's file and line
-        adapted = wraps(function)(adapted)
+    adapted = wraps(function)(adapted)  # messages name the user's file and line, checkpoints find an object's state
     return RewardDimension(name, adapted, float("-inf"), float("inf"), batched=True)
 
 

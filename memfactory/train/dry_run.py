@@ -29,9 +29,11 @@ from memfactory.errors import DataError
 from memfactory.policy.models import lora_config
 from memfactory.policy.tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 from memfactory.recipe import Recipe, TinyModel
+from memfactory.reward.aggregate import WeightedSum
 from memfactory.reward.catalogue import WeightedDimension
 from memfactory.reward.dimension import RewardDimension
 from memfactory.reward.lint import print_findings
+from memfactory.reward.system import RewardSystem
 from memfactory.train.config import build_config
 from memfactory.train.prepare import Prepared, turn_limits
 from memfactory.train.trainer import EpisodeGRPOTrainer, Parts
@@ -121,7 +123,11 @@ def _trial(prepared: Prepared, folder: Path, console: Console) -> None:
     )
     seen: list[Episode] = []
     spread = RewardDimension("dry_run.spread", lambda episode: float(_note(seen, episode) % 2))
-    rewards = prepared.rewards.also(WeightedDimension("dry_run.spread", spread, 1.0))
+    own = prepared.rewards
+    # a plain sum, because a veto on what the stand-in writes would leave no spread at all; see below for the recipe's
+    rewards = RewardSystem(
+        [*own.dimensions, WeightedDimension("dry_run.spread", spread, 1.0)], WeightedSum(), own.credit, own.judge
+    )
     trainer = EpisodeGRPOTrainer(
         Parts(agent, tasks, tasks, rewards, prepared.eval_options, recipe.rollout),
         model,
@@ -137,6 +143,7 @@ def _trial(prepared: Prepared, folder: Path, console: Console) -> None:
         not torch.equal(p.detach(), before[name]) for name, p in trainer.model.named_parameters() if name in before
     )
 
+    own.reward(seen)  # the recipe's aggregator, on the scores that are there
     episode = seen[0]
     console.print(
         f"episode: {len(episode.turns)} turns ({', '.join(turn.module for turn in episode.turns[:6])}"
@@ -147,6 +154,8 @@ def _trial(prepared: Prepared, folder: Path, console: Console) -> None:
         score = episode.scores[weighted.name]
         shown = f"{score.value:g}" if score.value is not None else f"None ({score.reason})"
         console.print(f"reward {weighted.name} (weight {weighted.weight:g}): {shown}", markup=False)
+    value = f"{episode.reward:g}" if episode.reward is not None else "none: a dimension could not be measured"
+    console.print(f"reward, {recipe.aggregate.name}: {value}", markup=False)
     console.print(f"optimizer step: {moved} of {len(before)} trainable tensors moved")
     console.print("(a made-up reward was added, so that the group has something to teach)")
     console.rule("rewards")

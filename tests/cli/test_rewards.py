@@ -280,7 +280,7 @@ def test_a_traceback_shows_the_persons_own_lines(bad: Path) -> None:
     said = try_bad("raises", code=1)
     assert "return episode.answer.txt" in said
     assert "measure.py" not in said
-    assert said.count("fix: fix the function") == 1  # eight episodes, one reason
+    assert said.count("fix: mend it there") == 1  # eight episodes, one reason
 
 
 def test_frames_of_shipped_rewards_stay(tmp_path: Path) -> None:

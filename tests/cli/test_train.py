@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -122,9 +123,19 @@ def test_output_folder_of_another_run_is_refused_and_untouched(tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["quickstart", "smollm2-135m", "qwen3-1.7b", "qwen3-4b", "qwen2.5-7b"])
-def test_every_shipped_recipe_passes_the_dry_run(tmp_path: Path, name: str) -> None:
-    result = run("train", f"memagent/{name}", "--dry-run", folder=tmp_path)
+@pytest.mark.parametrize(
+    "words",
+    [
+        "quickstart",
+        "quickstart-gated aggregate.gate=veto",  # under a veto nothing that a stand-in writes has a reward
+        "smollm2-135m",
+        "qwen3-1.7b",
+        "qwen3-4b",
+        "qwen2.5-7b",
+    ],
+)
+def test_every_shipped_recipe_passes_the_dry_run(tmp_path: Path, words: str) -> None:
+    result = run("train", *f"memagent/{words}".split(), "--dry-run", folder=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "dry run passed" in result.stdout
     assert "optimizer step: 24 of 24" in result.stdout
@@ -140,3 +151,60 @@ def test_eval_without_a_checkpoint_in_the_folder_says_so(tmp_path: Path) -> None
     result = run("eval", "memagent/quickstart", "--checkpoint", str(tmp_path), folder=tmp_path)
     assert result.returncode == 1
     assert "no checkpoint" in result.stderr
+
+
+BROKEN = """
+from memfactory import Episode, reward
+
+@reward
+def sometimes(episode: Episode) -> float:
+    return float(1 / (int(episode.task.id.rpartition("/")[2]) % 2))
+
+@reward
+def always(episode: Episode) -> float:
+    raise KeyError("no such thing")
+"""
+SMALL = ("warmup.steps=5", "train.max_steps=2", "train.per_device_train_batch_size=32", "environment.test_tasks=2")
+
+
+@pytest.mark.slow
+def test_a_reward_that_fails_now_and_then_is_counted_and_the_run_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "rewards").mkdir()
+    (tmp_path / "rewards" / "broken.py").write_text(BROKEN)
+    rewards = "rewards=[{name: answer.token_f1}, {name: broken.sometimes, weight: 0.1}]"
+    result = run(
+        "train",
+        "memagent/quickstart",
+        "output_dir=out",
+        *SMALL,
+        "rollout.max_failed_share=0.9",
+        rewards,
+        folder=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in (tmp_path / "out" / "rewards.jsonl").read_text().splitlines()]
+    failing = next(line for line in lines if line["faults"]["count"])
+    share = failing["dimensions"]["broken.sometimes"]["none_share"]
+    assert 0 < share < 1
+    assert failing["faults"]["count"]["reward"] == round(share * 32)
+    assert "broken.py:6" in failing["faults"]["examples"][0]
+    assert "ZeroDivisionError" in failing["faults"]["tracebacks"][0]
+    # never a silent zero: an episode without a reward has none, and no advantage
+    records = [json.loads(line) for line in (tmp_path / "out" / "episodes.jsonl").read_text().splitlines()]
+    for record in (record for record in records if record["split"] == "train"):
+        measured = record["scores"]["broken.sometimes"]["value"] is not None
+        assert (record["reward"] is not None) == measured
+        assert measured or record["advantage"] == 0
+
+
+@pytest.mark.slow
+def test_a_reward_that_always_fails_stops_the_run_with_its_name_and_line(tmp_path: Path) -> None:
+    (tmp_path / "rewards").mkdir()
+    (tmp_path / "rewards" / "broken.py").write_text(BROKEN)
+    rewards = "rewards=[{name: answer.token_f1}, {name: broken.always, role: gate}]"
+    result = run("train", "memagent/quickstart", "output_dir=out", *SMALL, rewards, folder=tmp_path)
+    assert result.returncode == 1
+    # the gate fails closed, so every episode has a reward; what stops the run is the function that fails
+    assert "'broken.always' failed 32 times on 32 episodes" in result.stderr
+    assert "broken.py:10" in result.stderr
+    assert "no such thing" in result.stderr

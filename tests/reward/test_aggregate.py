@@ -264,10 +264,12 @@ def expected_without_reward(scores):
     """Episode by episode, in words: who gets no reward."""
     gone = set()
     columns = list(enumerate(scores.columns))
-    needed = [k for k, c in columns if c.role is Role.OBJECTIVE] or [k for k, _ in columns]
+    needed = [k for k, c in columns if c.role is Role.OBJECTIVE]
+    if not needed and not any(c.role is Role.GATE for _, c in columns):  # gates by themselves fail closed
+        needed = [k for k, _ in columns]
     for i, row in enumerate(scores.values):
         unknown = [k for k, _ in columns if math.isnan(row[k])]
-        if set(needed) <= set(unknown):
+        if needed and set(needed) <= set(unknown):
             gone.add(i)  # nothing was measured of what it is for
         for k in unknown:
             if scores.columns[k].role is not Role.GATE and scores.columns[k].missing is Missing.EXCLUDE:
