@@ -22,14 +22,21 @@ from memfactory.policy.decoding import Decoding, Sampler, decode
 class _Request:
     sequence: Decoding
     reply: asyncio.Future[None]
+    wave: int = 0
+    """Counts the moments at which a batch was chosen: requests that were new at the same one have the same number."""
+
+    @property
+    def size(self) -> int:
+        """Most positions it can take."""
+        return len(self.sequence.prompt_ids) + self.sequence.max_tokens
 
 
 class TransformersPolicy:
     """A model in this process behind a queue.
 
     The first `generate` call of a quiet moment starts a drain. The drain waits until no episode that
-    can still run adds a request, sorts what is pending by length, and decodes it in batches within
-    the token budget. Between decoding steps the event loop runs, so an episode whose turn has ended
+    can still run adds a request, and decodes what is pending in batches of similar length within the
+    token budget, the newest requests first. Between decoding steps the event loop runs, so an episode whose turn has ended
     goes on while the others are still being decoded.
 
     Everything happens in the thread of the event loop: a second thread would bring a second OpenMP
@@ -74,6 +81,7 @@ class TransformersPolicy:
         """Time spent in the model, decoding included."""
         self.generated_tokens = 0
         self._pending: list[_Request] = []
+        self._wave = 0
         self._drain: asyncio.Task[None] | None = None
 
     async def generate(self, messages: list[Message], *, module: str, max_tokens: int) -> Turn:
@@ -130,18 +138,38 @@ class TransformersPolicy:
                 for _ in range(3):  # an episode needs a few turns of the loop from reply to next request
                     await asyncio.sleep(0)
             # a cancelled call, of this rollout or of one that failed, is nobody's any more
-            requests, self._pending = [request for request in self._pending if not request.reply.done()], []
-            for batch in _batches(requests, self.token_budget):
-                try:
-                    await self._decode(batch)
-                except Exception as error:
-                    failure = EngineError("generation failed", f"{type(error).__name__}: {error}")
-                    failure.__cause__ = error
-                    for request in [*requests, *self._pending]:
-                        if not request.reply.done():
-                            request.reply.set_exception(failure)
-                    self._pending = []
-                    return
+            self._pending = [request for request in self._pending if not request.reply.done()]
+            batch = self._next_batch()
+            try:
+                await self._decode(batch)
+            except Exception as error:
+                failure = EngineError("generation failed", f"{type(error).__name__}: {error}")
+                failure.__cause__ = error
+                for request in [*batch, *self._pending]:
+                    if not request.reply.done():
+                        request.reply.set_exception(failure)
+                self._pending = []
+                return
+
+    def _next_batch(self) -> list[_Request]:
+        """Take what is decoded now from the queue: the requests that came last, the longest first, as many as fit.
+
+        Last come, first served lets the episodes of one batch go on to their end before others begin, where not all
+        fit: their scoring (a judge, a tool) then overlaps with the generation of the rest.
+        """
+        self._wave += 1
+        for request in self._pending:
+            request.wave = request.wave or self._wave
+        batch: list[_Request] = []
+        left: list[_Request] = []
+        for request in sorted(self._pending, key=lambda r: (-r.wave, -r.size)):
+            # a batch costs its sequences times the longest of them, which is its first
+            fits = not batch or (
+                request.size <= batch[0].size and (len(batch) + 1) * batch[0].size <= self.token_budget
+            )
+            (batch if fits else left).append(request)
+        self._pending = left
+        return batch
 
     async def _decode(self, batch: list[_Request]) -> None:
         replies = {id(request.sequence): request.reply for request in batch}
@@ -168,18 +196,3 @@ class TransformersPolicy:
                         reply.set_result(None)
                 if finished:
                     await asyncio.sleep(0)
-
-
-def _batches(requests: list[_Request], budget: int) -> list[list[_Request]]:
-    """`requests` sorted by length and cut so that sequences x longest stays within `budget`."""
-    ordered = sorted(requests, key=lambda r: len(r.sequence.prompt_ids) + r.sequence.max_tokens, reverse=True)
-    batches: list[list[_Request]] = []
-    for request in ordered:
-        if batches:
-            first = batches[-1][0].sequence  # the longest of its batch
-            longest = len(first.prompt_ids) + first.max_tokens
-            if (len(batches[-1]) + 1) * longest <= budget:
-                batches[-1].append(request)
-                continue
-        batches.append([request])
-    return batches

@@ -83,9 +83,10 @@ def ranks(values: Floats) -> Floats:
     result = np.empty(width * size)
     result[order.ravel()] = np.repeat(middle, length)
     result = result.reshape(width, size)
-    known = np.isfinite(columns)
-    result /= np.maximum(known.sum(axis=1) - 1, 1)[:, None]
-    return np.where(known, result, np.nan).T
+    missing = np.isnan(columns)
+    result /= np.maximum(size - missing.sum(axis=1) - 1, 1)[:, None]
+    result[missing] = np.nan
+    return result.T
 
 
 def disagreements(values: Floats, columns: Sequence[Column], ids: Sequence[str]) -> list[dict[str, Any]]:
@@ -94,17 +95,19 @@ def disagreements(values: Floats, columns: Sequence[Column], ids: Sequence[str])
     The gap is the difference of an episode's highest and lowest :func:`ranks`, between 0 and 1. Such episodes are
     where a reward is gamed or wrong, and cheap to look at.
     """
-    low_end = np.where(np.isnan(values), np.inf, values).min(axis=0, initial=np.inf)
-    high_end = np.where(np.isnan(values), -np.inf, values).max(axis=0, initial=-np.inf)
+    if not len(values):
+        return []
+    lowest, highest = np.fmin.reduce(values, axis=0), np.fmax.reduce(values, axis=0)  # without NaN
     # a constant dimension ranks nobody
-    keep = [k for k, c in enumerate(columns) if c.role is not Role.SHAPING and high_end[k] > low_end[k]]
+    keep = [k for k, c in enumerate(columns) if c.role is not Role.SHAPING and highest[k] > lowest[k]]
     if len(keep) < 2:
         return []
-    placed = ranks(values[:, keep])
-    high = np.where(np.isnan(placed), -np.inf, placed).argmax(axis=1)
-    low = np.where(np.isnan(placed), np.inf, placed).argmin(axis=1)
+    placed = ranks(values[:, keep]).T  # (D, N), the order in which they lie in memory
+    known = ~np.isnan(placed)
+    high = np.where(known, placed, -1.0).argmax(axis=0)
+    low = np.where(known, placed, 2.0).argmin(axis=0)
     rows = np.arange(len(values))
-    gap = np.nan_to_num(placed[rows, high] - placed[rows, low])
+    gap = np.nan_to_num(placed[high, rows] - placed[low, rows])
     found = []
     for row in np.argsort(-gap, kind="stable")[:DISAGREEMENTS]:
         if gap[row] <= 0:

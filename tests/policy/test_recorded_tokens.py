@@ -408,6 +408,21 @@ def test_calls_of_all_episodes_are_decoded_together(bench, tokenizer):
     assert sum(len(episode.turns) for episode in episodes) == 40
 
 
+def test_where_not_all_fit_the_first_go_on_to_their_end(bench, tokenizer):
+    """So that their scoring overlaps with the generation of the rest; no pass more is needed for it."""
+    model = bench.make_model("qwen3", len(tokenizer))
+    tasks = [Task(f"t{i}", (f"w{i} w2",), ()) for i in range(8)]
+    passes, done = [], []
+    model.register_forward_hook(lambda *_: passes.append(len(done)))
+    policy = TransformersPolicy(model, tokenizer, eos_ids=[len(tokenizer)], token_budget=60)  # no id ends a turn
+    run_episodes(TwoTurns(limit=5), tasks, policy, done.append)
+    batches = len(passes) / 5
+    assert batches >= 4  # eight episodes of two turns, and not all fit at once
+    assert passes[len(passes) // 2] >= 1, "an episode was complete after half of the passes"
+    assert passes[-1] >= len(tasks) // 2
+    assert len(done) == len(tasks)
+
+
 @pytest.mark.parametrize("limit", [1, 3, 1000])
 def test_split_loses_nothing_and_keeps_the_limit(bench, tokenizer, limit):
     policy = TransformersPolicy(bench.make_model("qwen3", len(tokenizer)), tokenizer)
