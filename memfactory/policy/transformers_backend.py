@@ -36,8 +36,8 @@ class TransformersPolicy:
 
     The first `generate` call of a quiet moment starts a drain. The drain waits until no episode that
     can still run adds a request, and decodes what is pending in batches of similar length within the
-    token budget, the newest requests first. Between decoding steps the event loop runs, so an episode whose turn has ended
-    goes on while the others are still being decoded.
+    token budget, the newest requests first. Between decoding steps the event loop runs, so an episode
+    whose turn has ended goes on while the others are still being decoded.
 
     Everything happens in the thread of the event loop: a second thread would bring a second OpenMP
     pool that fights with the first for the same cores.
