@@ -13,7 +13,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_any
 from typing import Any
 
@@ -132,7 +132,7 @@ def measure_one(dimension: RewardDimension, episode: Episode) -> Score:
     """
     calls = calls_of(WeightedDimension(dimension.name, dimension), [episode])
     for call in calls:
-        call.outcome = asyncio.run(call.run_async()) if dimension.asynchronous else call.run()
+        call.outcome = _run_now(call) if dimension.asynchronous else call.run()
         for (own, turn), value in zip(call.targets, call.values(), strict=True):
             (own if turn is None else turn).scores[dimension.name] = dimension.check(value, call.where)
     if dimension.per_turn:
@@ -140,8 +140,18 @@ def measure_one(dimension: RewardDimension, episode: Episode) -> Score:
     return episode.scores[dimension.name]
 
 
+def _run_now(call: Call) -> Any:
+    """The outcome of one async call, in a thread of its own: that of a notebook has a running event loop already."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, call.run_async()).result()
+
+
 def _whole_groups(episodes: Sequence[Episode], gather: Gather) -> list[Episode]:
-    """`episodes` and, of groups that other ranks hold a part of, the other members (copies)."""
+    """`episodes` and, of groups that other ranks hold a part of, the other members (copies).
+
+    Members of such a group stand in the order of ranks, so that a function whose result depends on the order gives
+    every rank the same scores.
+    """
     ranks: list[list[str]] = gather([[episode.group for episode in episodes]])
     counts: dict[str, int] = defaultdict(int)
     for groups in ranks:
@@ -152,11 +162,15 @@ def _whole_groups(episodes: Sequence[Episode], gather: Gather) -> list[Episode]:
         return list(episodes)
     own = [[episode for episode in episodes if episode.group in shared]]
     everyone: list[list[Episode]] = gather(own)
+    if not own[0]:
+        return list(episodes)
     # which entry is ours: the only one that says the same about the same episodes, by their ids
     ids = [episode.id for episode in own[0]]
-    mine = {episode.group for episode in episodes}
-    others = [e for part in everyone if [x.id for x in part] != ids for e in part if e.group in mine]
-    return [*episodes, *others]
+    mine = {episode.group for episode in own[0]}
+    whole: list[Episode] = []
+    for part in everyone:
+        whole += episodes if [x.id for x in part] == ids else [e for e in part if e.group in mine]
+    return whole
 
 
 def _run(calls: list[Call], deadline: float | None) -> None:

@@ -20,7 +20,7 @@ from memfactory.reward import catalogue
 from memfactory.reward import measure as measuring
 from memfactory.reward.aggregate import WeightedSum
 from memfactory.reward.catalogue import WeightedDimension, build_dimension, load_dimension
-from memfactory.reward.dimension import RewardDimension, Scope
+from memfactory.reward.dimension import RewardDimension, Scope, reward
 from memfactory.reward.measure import MAX_HANGS, Measuring, measure, measure_one
 from memfactory.reward.system import RewardSystem
 
@@ -814,3 +814,21 @@ def test_a_fault_of_a_spread_group_counts_each_episode_once():
     bad = weigh(lambda episodes: throw(ValueError("no")), scope=Scope.GROUP)
     faults = on_ranks(parts, lambda rank, own, gather: Measuring([bad]).finish(own, gather))
     assert [f.by_dimension for f in faults] == [{"it": 2}, {"it": 2}]
+
+
+def test_every_rank_sees_a_spread_group_in_the_same_order():
+    parts = [[episode(0.0, "a"), episode(0.1, "a")], [episode(0.2, "b"), episode(0.3, "a")]]
+    place = weigh(lambda episodes: [float(i) for i in range(len(episodes))], scope=Scope.GROUP, high=9.0)
+    on_ranks(parts, lambda rank, own, gather: Measuring([place]).finish(own, gather))
+    assert [values(part) for part in parts] == [[0.0, 1.0], [0.0, 2.0]]
+
+
+def test_an_async_dimension_can_be_called_where_an_event_loop_runs():
+    @reward
+    async def later(episode):
+        return 0.5
+
+    async def notebook():
+        return later(episode())
+
+    assert asyncio.run(notebook()).value == 0.5
