@@ -158,6 +158,8 @@ class Gated:
         table, mask = settle(table)
         gates, objectives, bonuses = (table.where(role) for role in (Role.GATE, Role.OBJECTIVE, Role.BONUS))
         factor = gate_factor(unit(table, gates), table.array("threshold", gates), self.gate, self.delta)
+        if self.gate == "veto":  # at a threshold of 0 the lowest score would pass
+            factor = np.where(table.failed[:, gates].any(axis=1), 0.0, factor)
         utility = np.ones(len(mask))
         if objectives:
             utility = weighted_mean(table.values[:, objectives], table.array("weight", objectives))
@@ -234,6 +236,20 @@ class MinMaxMean:
     def __call__(self, table: ScoreTable) -> Aggregate:
         table, mask = settle(table)
         names = [column.name for column in table.columns]
+        self.check(names)
+        bounds = np.array([self.statistics[name] for name in names]).reshape(-1, 2)
+        span = np.where(bounds[:, 1] > bounds[:, 0], bounds[:, 1] - bounds[:, 0], 1.0)
+        scaled = (table.values - bounds[:, 0]) / span
+        weights = table.array("weight", range(len(names)))
+        known = np.isfinite(scaled)
+        return Aggregate(np.nan_to_num(scaled) @ weights / np.maximum(known.sum(axis=1), 1) + mask)
+
+    def check(self, names: list[str]) -> None:
+        """See that there are statistics of the dimensions `names`.
+
+        Raises:
+            RecipeError: there are not.
+        """
         unknown = [name for name in names if name not in self.statistics]
         if unknown:
             raise RecipeError(
@@ -241,12 +257,6 @@ class MinMaxMean:
                 f"no smallest and largest value of {', '.join(unknown)}",
                 "add `NAME: [min, max]`; `memfactory rewards rescore RUN --statistics FILE` measures them",
             )
-        bounds = np.array([self.statistics[name] for name in names]).reshape(-1, 2)
-        span = np.where(bounds[:, 1] > bounds[:, 0], bounds[:, 1] - bounds[:, 0], 1.0)
-        scaled = (table.values - bounds[:, 0]) / span
-        weights = table.array("weight", range(len(names)))
-        known = np.isfinite(scaled)
-        return Aggregate(np.nan_to_num(scaled) @ weights / np.maximum(known.sum(axis=1), 1) + mask)
 
 
 @dataclass(frozen=True)
@@ -307,18 +317,25 @@ def build_aggregator(section: AggregateSection) -> Aggregator:
 def check_columns(aggregator: Aggregator, columns: list[Column]) -> list[RecipeError]:
     """What in `columns` does not go with `aggregator`."""
     errors = []
+    columns = [column for column in columns if column.weight != 0 and column.role is not Role.SHAPING]
+    if isinstance(aggregator, MinMaxMean):
+        try:
+            aggregator.check([column.name for column in columns])
+        except RecipeError as error:  # now, and not at the first batch
+            errors.append(error)
     for column in columns:
-        if column.weight == 0 or column.role is Role.SHAPING:
-            continue
         where = f"rewards.{column.name}"
         if column.role is Role.GATE and not np.isfinite([column.low, column.high]).all():
             errors.append(RecipeError(f"{where}: a gate without a range", "", "give it `low:` and `high:`"))
         elif aggregator.needs_positive and column.low < 0:
+            # an open range, as a plain TRL function has, cannot be scaled
+            known = np.isfinite([column.low, column.high]).all()
+            add = "add `transform: unit` (or clip)" if known else "give it `low:` and `high:` (or `transform: clip`)"
             errors.append(
                 RecipeError(
                     f"{where}: its range begins at {column.low:g}",
                     "the aggregator multiplies, and a failed gate would then raise a negative reward",
-                    "add `transform: unit` (or clip), or use `aggregate: {name: weighted_sum}`",
+                    f"{add}, or use `aggregate: {{name: weighted_sum}}`",
                 )
             )
         elif aggregator.needs_positive and column.weight < 0:

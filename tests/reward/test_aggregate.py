@@ -658,3 +658,8 @@ def test_a_rare_success_is_inflated_by_std_and_not_by_the_mean_alone(successes, 
     known = {1: (2.4749, 0.875), 4: (0.9354, 0.5)}
     if successes in known:
         assert (exact, 1 - p) == pytest.approx(known[successes], abs=1e-3)
+
+
+def test_missing_statistics_are_found_before_the_run():
+    errors = check_columns(MinMaxMean({"a": (0.0, 1.0)}), [Column("a"), Column("b"), Column("c", weight=0.0)])
+    assert ["of b" in str(error) and "of b, c" not in str(error) for error in errors] == [True]

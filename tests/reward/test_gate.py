@@ -208,3 +208,9 @@ def test_seesaw_the_gate_holds_where_a_weighted_sum_sells_it(seed):
     assert GRID[np.argmax(factor(VALID[:, None]) * GRID)] == pytest.approx(0.6)
     assert train(Gated(), seed) > 0.95
     assert train(WeightedSum(), seed, gate_weight=0.2, utility_weight=0.8) < 0.2
+
+
+def test_a_veto_fails_on_none_also_at_a_threshold_of_zero():
+    columns = [Column("gate", Role.GATE, threshold=0.0), Column("objective")]
+    table = ScoreTable.from_rows([[None, 1.0], [0.0, 1.0]], columns, ["a", "a"])
+    assert Gated(gate="veto")(table).reward.tolist() == [0.0, 1.0]
