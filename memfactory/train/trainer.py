@@ -58,6 +58,15 @@ from memfactory.train.rows import Row, build_rows, collate, cut, deal, loss_weig
 from memfactory.train.scoring import CompletionScorer
 
 _BUFFER_FILE = "rollout_buffer.pt"
+# What stateful parts of rewards may keep beside plain data: numpy's arrays and numbers, which a checkpoint is else
+# written with and cannot be read with again.
+_NUMPY: list[Any] = [
+    np.ndarray,
+    np.dtype,
+    np.zeros(1).__reduce__()[0],
+    np.float64(0).__reduce__()[0],
+    *(type(np.dtype(code)) for code in "?bhilqBHILQefd"),
+]
 # Loss types that share the clipped per-token term and differ in how they average it: each is the
 # ``dapo`` reduction with other token weights (see `rows.loss_weights`).
 _AS_DAPO = ("grpo", "bnpo", "dr_grpo", "luspo")
@@ -461,7 +470,8 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         path = Path(checkpoint) / f"{self.accelerator.process_index}_{_BUFFER_FILE}"
         if not path.is_file():
             raise EngineError(f"{checkpoint}: not a checkpoint of this trainer", f"{path.name} is missing")
-        state = torch.load(path, map_location=self.args.device, weights_only=True)
+        with torch.serialization.safe_globals(_NUMPY):
+            state = torch.load(path, map_location=self.args.device, weights_only=True)
         self._step, self._buffer = state["step"], state["buffer"]
         self.parts.rewards.load_state_dict(state["rewards"])
 

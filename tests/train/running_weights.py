@@ -16,7 +16,7 @@ class RunningWeights:
     stateful: ClassVar[bool] = True
 
     def __init__(self) -> None:
-        self.means: dict[str, float] = {}
+        self.means: dict[str, Any] = {}  # numbers of numpy, as such code naturally keeps
 
     def __call__(self, table: ScoreTable) -> Aggregate:
         table, mask = settle(table)
@@ -25,7 +25,7 @@ class RunningWeights:
 
     def update(self, table: ScoreTable) -> None:
         for column, values in zip(table.columns, table.values.T, strict=True):
-            self.means[column.name] = 0.5 * self.means.get(column.name, 0.0) + 0.5 * float(values.mean())
+            self.means[column.name] = 0.5 * self.means.get(column.name, 0.0) + 0.5 * values.mean()
 
     def state_dict(self) -> dict[str, Any]:
         return {"means": dict(self.means)}
