@@ -56,7 +56,8 @@ def verdict(logs: dict[str, float]) -> str:
 
 def gates(logs: dict[str, float]) -> str:
     """How many episodes pass each gate, worst first; empty without gates."""
-    rates = {key.split("/")[1]: value for key, value in logs.items() if key.endswith("/pass_rate")}
+    end = "/pass_rate"  # a name can have slashes of its own: path/file.py:name
+    rates = {key.removeprefix("rewards/").removesuffix(end): v for key, v in logs.items() if key.endswith(end)}
     worst = sorted((rate, name) for name, rate in rates.items() if not math.isnan(rate))[:3]
     return "".join(f"  {name} passes {rate:.0%}" for rate, name in worst)
 
