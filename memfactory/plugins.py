@@ -78,22 +78,6 @@ def resolve(name: str) -> Any:
     return _attribute(module, attribute, source)
 
 
-def find_in_folder(name: str, folder: str) -> Any:
-    """The object called ``file.function`` in the user's ``./folder`` or, failing that, the shipped one.
-
-    Raises:
-        RecipeError: it is in neither; the message names what is.
-    """
-    file, _, attribute = name.rpartition(".")
-    roots = [Path.cwd() / folder, shipped(folder)]
-    for root in roots:
-        path = root / f"{file.replace('.', '/')}.py"
-        if file and path.is_file():
-            return _attribute(load_file(path), attribute, str(path))
-    stems = sorted({path.stem for root in roots if root.is_dir() for path in root.glob("*.py")})
-    raise RecipeError(f"'{name}' is in no file of {folder}/", f"looked for {file or name}.py", nearest(file, stems))
-
-
 def construct(build: Callable[..., Any], options: dict[str, Any], where: str) -> Any:
     """`build` called with a recipe section as keyword arguments, checked like the recipe itself.
 

@@ -58,11 +58,12 @@ import sys
 sys.path.insert(0, {str(site)!r})
 import memfactory
 from memfactory.cli.recipes import find_recipe, listed
-from memfactory.plugins import find_in_folder, shipped
+from memfactory.plugins import shipped
+from memfactory.reward.catalogue import find
 assert memfactory.__file__.startswith({str(site)!r}), memfactory.__file__
 assert listed() and all(row.owner == "shipped" for row in listed())
 assert find_recipe("memagent/quickstart").is_relative_to({str(site)!r})
-assert callable(find_in_folder("answer.exact_match", "rewards"))
+assert callable(find("answer.exact_match"))
 assert (shipped("launch") / "local.py").is_file() and (shipped("data") / "registry.yaml").is_file()
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -41,6 +41,9 @@ def evaluate(
     for name, value in result.metrics.items():
         table.add_row(name, f"{value:.4g}")
     console.print(table)
+    for example in result.faults.examples:
+        console.print(f"could not be measured: {example}", style="yellow", markup=False, highlight=False)
+    prepared.rewards.close()
     if output is not None:
         record = {"recipe": prepared.recipe.name, "checkpoint": str(checkpoint) if checkpoint else None}
         output.write_text(json.dumps(record | {"metrics": result.metrics}, indent=2) + "\n", encoding="utf-8")

@@ -14,6 +14,7 @@ from memfactory.episode import Episode, Task
 from memfactory.evaluate.retention import capture_and_retention
 from memfactory.policy.base import Sampling
 from memfactory.policy.transformers_backend import TransformersPolicy
+from memfactory.reward.faults import Faults
 from memfactory.reward.measure import Measuring
 from memfactory.reward.system import RewardSystem
 from memfactory.runs import RunFolder
@@ -45,6 +46,8 @@ class EvalResult:
     absent where tasks carry no evidence."""
     episodes: dict[str, list[Episode]] = field(default_factory=dict)
     """By split name: ``eval`` (sampled) and ``eval_greedy``."""
+    faults: Faults = field(default_factory=Faults)
+    """Measurements that failed; their episodes are in no mean."""
 
     def log(self, run: RunFolder, step: int, episodes: int = 32) -> None:
         """Write metrics and the first `episodes` episodes of each kind to the run folder."""
@@ -77,6 +80,7 @@ def evaluate_agent(
             runs = [task for task in tasks for _ in range(samples)]
             bar = progress.add_task(f"evaluate ({kind})", total=len(runs)) if progress is not None else None
             episodes: list[Episode] = []
+            faults = Faults()
             for start in range(0, len(runs), options.concurrent):
                 measuring = options.rewards.begin()
 
@@ -86,13 +90,18 @@ def evaluate_agent(
                         progress.advance(bar)
 
                 own = run_episodes(agent, runs[start : start + options.concurrent], policy, on_done)
-                measuring.finish(own)
+                faults.include(measuring.finish(own))
                 episodes += own
             options.rewards.reward(episodes)
             for number, episode in enumerate(episodes):
                 episode.id = f"{split}/{number}"
             result.episodes[split] = episodes
+            result.faults.include(faults)
             result.metrics |= _summarise(kind, episodes, options)
+            result.metrics |= {f"{kind}_faults/{name}": float(number) for name, number in faults.count.items()}
+            judge = options.rewards.judge.metrics() if options.rewards.judge is not None else {}
+            if judge.get("asked"):
+                result.metrics |= {f"{kind}_judge/{name}": value for name, value in judge.items()}
     finally:
         policy.sampling = before[0]
         policy.generator.set_state(before[1])

@@ -90,11 +90,11 @@ def advantages(
     best, worst = (rewards[measured].max(), rewards[measured].min()) if measured.any() else (0.0, 0.0)
     enough = count >= 2
     # a spread this small is the rounding of a sum, no difference
-    rounding = 1e-9 * max(1.0, abs(best), abs(worst))
-    live = np.where(enough, highest - lowest, 0.0) > rounding
+    lowest, highest = np.where(enough, lowest, 0.0), np.where(enough, highest, 0.0)
+    live = highest - lowest > 1e-9 * np.maximum(1.0, np.maximum(np.abs(lowest), np.abs(highest)))
 
     std = np.full(size, 1.0)
-    whole = float(rewards[measured].std(ddof=1)) if best - worst > rounding else 0.0
+    whole = float(rewards[measured].std(ddof=1)) if best - worst > 1e-9 * max(1.0, abs(best), abs(worst)) else 0.0
     batch = max(whole, floor) + EPSILON if max(whole, floor) > 0 else 1.0
     if estimator == "standardized":
         # a group without a spread has no scale of its own; it matters where potentials tell its turns apart

@@ -323,11 +323,14 @@ def check_columns(aggregator: Aggregator, columns: list[Column]) -> list[RecipeE
             aggregator.check([column.name for column in columns])
         except RecipeError as error:  # now, and not at the first batch
             errors.append(error)
+    gates = any(column.role is Role.GATE for column in columns)
+    # without a gate B is 1, and U any mean: a plain TRL function, whose range is open, may stand there
+    multiplies = aggregator.needs_positive and (gates or not isinstance(aggregator, Gated))
     for column in columns:
         where = f"rewards.{column.name}"
         if column.role is Role.GATE and not np.isfinite([column.low, column.high]).all():
             errors.append(RecipeError(f"{where}: a gate without a range", "", "give it `low:` and `high:`"))
-        elif aggregator.needs_positive and column.low < 0:
+        elif multiplies and column.low < 0:
             # an open range, as a plain TRL function has, cannot be scaled
             known = np.isfinite([column.low, column.high]).all()
             add = "add `transform: unit` (or clip)" if known else "give it `low:` and `high:` (or `transform: clip`)"
@@ -340,6 +343,6 @@ def check_columns(aggregator: Aggregator, columns: list[Column]) -> list[RecipeE
             )
         elif aggregator.needs_positive and column.weight < 0:
             errors.append(
-                RecipeError(f"{where}: weight {column.weight:g}", "the aggregator multiplies", "reverse the score")
+                RecipeError(f"{where}: weight {column.weight:g}", "weights are shares", "reverse the score")
             )
     return errors

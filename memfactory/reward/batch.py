@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from operator import attrgetter, itemgetter
 
@@ -37,6 +37,8 @@ class Part:
     reasons: Counter[tuple[str, str]]
     """(dimension, why its score is None)."""
     faults: Faults
+    judge: dict[str, float] = field(default_factory=dict)
+    """What the judge did since the last batch."""
 
     @classmethod
     def of(
@@ -85,6 +87,7 @@ class Batch:
     """(M,) whether a turn is the last of its episode."""
     reasons: Counter[tuple[str, str]]
     faults: list[Faults]
+    judge: dict[str, float]
 
     @classmethod
     def of(cls, parts: Sequence[Part]) -> Batch:
@@ -106,6 +109,7 @@ class Batch:
             last=np.append(episode[1:] != episode[:-1], True) if episode.size else np.zeros(0, dtype=bool),
             reasons=reasons,
             faults=[part.faults for part in parts],
+            judge=_together([part.judge for part in parts]),
         )
 
     @property
@@ -116,6 +120,17 @@ class Batch:
     def examples(self) -> list[str]:
         """The first faults, in words."""
         return [example for own in self.faults for example in own.examples][:10]
+
+
+def _together(judges: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The judge's numbers of all ranks: counts are added, rates and times averaged by what they are of."""
+    of = {"cache_hit_rate": "asked", "flip_rate": "comparisons", "latency": "requests", "wait": "requests"}
+    total: dict[str, float] = {}
+    for name in dict.fromkeys(name for own in judges for name in own):
+        weights = [own.get(of[name], 0.0) if name in of else 1.0 for own in judges]
+        amount = sum(weight * own.get(name, 0.0) for weight, own in zip(weights, judges, strict=True))
+        total[name] = amount / max(sum(weights), 1.0) if name in of else amount
+    return total
 
 
 def _slots(groups: Ints, episode: Ints, modules: Sequence[tuple[str, ...]]) -> Ints:

@@ -47,7 +47,7 @@ def load_dimension(name: str) -> RewardDimension:
     Raises:
         RecipeError: it cannot be found; the message says where it was looked for and what is near.
     """
-    found = resolve(name) if ":" in name else _in_folders(name)
+    found = resolve(name) if ":" in name else find(name)
     if isinstance(found, RewardDimension):
         return found
     if not callable(found):
@@ -56,7 +56,12 @@ def load_dimension(name: str) -> RewardDimension:
     return from_trl(found, short) if is_trl_function(found) else RewardDimension(short, found)
 
 
-def _in_folders(name: str) -> Any:
+def find(name: str) -> Any:
+    """The object called ``file.name`` in the folders, a reward or anything else that lies beside rewards.
+
+    Raises:
+        RecipeError: see :func:`load_dimension`.
+    """
     file, _, attribute = name.rpartition(".")
     roots = list(dict.fromkeys(folders()))
     for root in roots:

@@ -48,7 +48,7 @@ class CreditBatch:
     """(M,) of the state after the turn; NaN where none is known."""
 
 
-Assigner = Callable[[CreditBatch], Floats]
+CreditAssigner = Callable[[CreditBatch], Floats]
 """Gives each turn its share of the episode's outcome: (M,) advantages, NaN for a turn that is not trained.
 
 An assigner with state (a running baseline, an archive) has ``state_dict`` and ``load_state_dict``.
@@ -65,10 +65,10 @@ def last_turn(batch: CreditBatch) -> Floats:
     return np.where(batch.last, batch.advantages[batch.episode], np.nan)
 
 
-ASSIGNERS: dict[str, Assigner] = {"broadcast": broadcast, "last_turn": last_turn}
+ASSIGNERS: dict[str, CreditAssigner] = {"broadcast": broadcast, "last_turn": last_turn}
 
 
-def build_assigner(name: str) -> Assigner:
+def build_assigner(name: str) -> CreditAssigner:
     """The assigner a recipe names: one of :data:`ASSIGNERS`, or ``pkg.module:name`` of a function or a class.
 
     Raises:
@@ -77,12 +77,12 @@ def build_assigner(name: str) -> Assigner:
     if ":" not in name and name not in ASSIGNERS:
         raise RecipeError(f"credit.assigner: '{name}'", "", nearest(name, list(ASSIGNERS)))
     found: Any = resolve(name) if ":" in name else ASSIGNERS[name]
-    assigner: Assigner = construct(found, {}, "credit.assigner") if isinstance(found, type) else found
+    assigner: CreditAssigner = construct(found, {}, "credit.assigner") if isinstance(found, type) else found
     return assigner
 
 
 def turn_advantages(
-    batch: CreditBatch, options: CreditSection, estimator: Estimator, assigner: Assigner, *, mixed: bool
+    batch: CreditBatch, options: CreditSection, estimator: Estimator, assigner: CreditAssigner, *, mixed: bool
 ) -> Floats:
     """The advantage of every turn, (M,); NaN for a turn that is not trained.
 

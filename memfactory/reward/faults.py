@@ -24,6 +24,14 @@ class Faults:
     """Of the examples that have one."""
     _shown: set[tuple[str, str]] = field(default_factory=set)
 
+    def include(self, other: Faults) -> None:
+        """Add the faults of another batch."""
+        for own, theirs in ((self.count, other.count), (self.by_dimension, other.by_dimension)):
+            for name, number in theirs.items():
+                own[name] = own.get(name, 0) + number
+        for own_texts, texts in ((self.examples, other.examples), (self.tracebacks, other.tracebacks)):
+            own_texts += texts[: max(0, MAX_EXAMPLES - len(own_texts))]
+
     def add(self, error: MemFactoryError, dimension: str = "") -> None:
         self.count[error.fault] = self.count.get(error.fault, 0) + 1
         kind = (dimension, error.fault)

@@ -23,7 +23,7 @@ from memfactory.reward.aggregate import Aggregate, Aggregator, Gated, build_aggr
 from memfactory.reward.background import BackgroundLoop
 from memfactory.reward.batch import Batch, Part, scores_of
 from memfactory.reward.catalogue import WeightedDimension, build_dimensions
-from memfactory.reward.credit import Assigner, CreditBatch, build_assigner, turn_advantages
+from memfactory.reward.credit import CreditAssigner, CreditBatch, build_assigner, turn_advantages
 from memfactory.reward.dimension import Role, innermost
 from memfactory.reward.measure import Faults, Gather, Measuring
 from memfactory.reward.table import Floats, Ints, ScoreTable, codes
@@ -77,7 +77,7 @@ class RewardSystem:
         self.dimensions = [self._supplied(weighted) for weighted in dimensions]
         self.aggregator: Aggregator = aggregator or Gated()
         self.credit = credit or CreditSection()
-        self.assigner: Assigner = build_assigner(self.credit.assigner)
+        self.assigner: CreditAssigner = build_assigner(self.credit.assigner)
         self._loop = BackgroundLoop()
         self._names = [weighted.name for weighted in self.dimensions]
         self._of_turns = [k for k, weighted in enumerate(self.dimensions) if weighted.dimension.per_turn]
@@ -110,6 +110,9 @@ class RewardSystem:
         aggregator = collect(lambda: build_aggregator(recipe.aggregate))
         collect(lambda: build_assigner(recipe.credit.assigner))
         judge = collect(lambda: build_judge(recipe.judge))
+        if dimensions is not None and not any(_outcome(weighted) for weighted in dimensions):
+            why = "every entry scores turns, is a potential or a gate, or has weight 0"
+            errors.append(RecipeError("rewards: nothing says how an episode ended", why, "add answer.exact_match"))
         system = None if errors else collect(lambda: cls(dimensions, aggregator, recipe.credit, judge))
         if errors:
             raise RecipeErrors("rewards", errors)
@@ -122,7 +125,14 @@ class RewardSystem:
 
     def also(self, weighted: WeightedDimension) -> RewardSystem:
         """This system with one more dimension, e.g. one that only evaluation measures."""
-        return RewardSystem([*self.dimensions, weighted], self.aggregator, self.credit, self.judge)
+        system = RewardSystem([*self.dimensions, weighted], self.aggregator, self.credit, self.judge)
+        system._loop = self._loop
+        return system
+
+    def close(self) -> None:
+        """Let the judge finish: connections are closed and verdicts that wait for the cache are written."""
+        if self.judge is not None:
+            self._loop.start(self.judge.aclose()).result(timeout=10)
 
     # ---- scores ------------------------------------------------------------------------------
 
@@ -191,6 +201,8 @@ class RewardSystem:
             RewardError: more than that share of the episodes has no reward, or one function failed on more.
         """
         own = Part.of(episodes, self._names, [self._names[k] for k in self._of_turns], faults or Faults())
+        if self.judge is not None:
+            own.judge.update(self.judge.metrics())
         batch = Batch.of(gather([own]) if gather is not None else [own])
         table = self._table(batch.values, batch.groups)
         turn_values = self._transformed(batch.turn_values, self._of_turns)
@@ -322,8 +334,7 @@ class RewardSystem:
         }
         metrics = statistics.tracked(summaries, matrix)
         metrics |= {f"faults/{fault}": float(number) for fault, number in batch.fault_count.items()}
-        if self.judge is not None:
-            metrics |= {f"judge/{name}": value for name, value in self.judge.metrics().items()}
+        metrics |= {f"judge/{name}": value for name, value in batch.judge.items()}
         return metrics, record
 
     def set_weight(self, name: str, weight: float) -> None:
@@ -359,6 +370,12 @@ class RewardSystem:
         for name, part in self._parts().items():
             if name in state["parts"]:
                 part.load_state_dict(state["parts"][name])
+
+
+def _outcome(weighted: WeightedDimension) -> bool:
+    """Whether a dimension says how good a whole episode is."""
+    dimension = weighted.dimension
+    return not dimension.per_turn and dimension.role is not Role.GATE and weighted.weight != 0
 
 
 def _write(episodes: Sequence[Episode], rewards: Floats, values: Floats, per_turn: Floats) -> None:

@@ -99,6 +99,7 @@ def train(prepared: Prepared, *, resume: bool = False, console: Console | None =
         "seconds": trainer.total_seconds,
         "totals": trainer.totals,
     }
+    prepared.rewards.close()
     if ranks.is_main_process:
         run.write_summary(summary)
         report = write_report(run.path)
@@ -152,4 +153,6 @@ def _evaluate(prepared: Prepared, trainer: EpisodeGRPOTrainer, run: RunFolder, c
         result = evaluate_agent(prepared.agent, prepared.eval_tasks, trainer.policy, prepared.eval_options, progress)
     if trainer.accelerator.is_main_process:
         result.log(run, trainer.state.global_step)
+    for example in result.faults.examples:
+        console.print(f"could not be measured: {example}", style="yellow", markup=False, highlight=False)
     return result.metrics

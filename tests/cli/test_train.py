@@ -208,3 +208,20 @@ def test_a_reward_that_always_fails_stops_the_run_with_its_name_and_line(tmp_pat
     assert "'broken.always' failed 32 times on 32 episodes" in result.stderr
     assert "broken.py:10" in result.stderr
     assert "no such thing" in result.stderr
+
+
+@pytest.mark.slow
+def test_evaluation_names_what_could_not_be_measured(tmp_path: Path) -> None:
+    (tmp_path / "rewards").mkdir()
+    (tmp_path / "rewards" / "broken.py").write_text(BROKEN)
+    rewards = "rewards=[{name: answer.token_f1}, {name: broken.always, weight: 0.5}]"
+    result = run("eval", "memagent/quickstart", "environment.test_tasks=2", rewards, folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "sampled_faults/reward" in result.stdout
+    assert "could not be measured: reward 'always'" in result.stdout
+    assert "broken.py:10" in result.stdout
+
+
+def test_a_recipe_without_an_outcome_is_refused() -> None:
+    with pytest.raises(RecipeErrors, match="nothing says how an episode ended"):
+        prepare(QUICKSTART, ["rewards=[{name: memory.churn}, {name: grounding.supported}]"], splits=())

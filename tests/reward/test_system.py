@@ -17,6 +17,7 @@ from memfactory.errors import RecipeErrors
 from memfactory.recipe import CreditSection
 from memfactory.reward.advantage import GroupState, group_advantages, shuffled
 from memfactory.reward.aggregate import Aggregate, Gated, NormalizeThenSum, StagewiseProduct, WeightedSum
+from memfactory.reward.batch import _together
 from memfactory.reward.catalogue import WeightedDimension
 from memfactory.reward.credit import broadcast
 from memfactory.reward.dimension import RewardDimension, Role, Scope
@@ -90,11 +91,15 @@ def test_transforms_come_before_the_aggregator():
 
 
 def test_a_product_refuses_negative_ranges_at_once():
+    gate = dimension("g", role=Role.GATE)
     with pytest.raises(RecipeErrors, match=r"rewards\.a: its range begins at -1"):
-        system(dimension("a", low=-1.0))
+        system(dimension("a", low=-1.0), gate)
+    with pytest.raises(RecipeErrors, match=r"rewards\.a: its range begins at -1"):
+        system(dimension("a", low=-1.0), aggregator=StagewiseProduct())
+    system(dimension("a", low=-1.0))  # without a gate nothing multiplies: a plain TRL function may stand there
     with pytest.raises(RecipeErrors, match=r"rewards\.a: weight -1"):
         system(dimension("a", -1.0))
-    system(dimension("a", low=-1.0, transform=Unit()))
+    system(dimension("a", low=-1.0, transform=Unit()), gate)
     system(dimension("a", -1.0, low=-1.0), aggregator=WeightedSum())
 
 
@@ -456,3 +461,18 @@ def test_ranks_stop_together():
     assert messages[0] == messages[1]
     assert "1 of 4 episodes could not be scored" in messages[0]
     assert "only here" in messages[0]
+
+
+def test_the_judges_numbers_of_two_ranks_are_added_or_averaged():
+    first = {"asked": 10.0, "requests": 5.0, "cost": 1.0, "cache_hit_rate": 0.5, "latency": 2.0}
+    second = {"asked": 30.0, "requests": 15.0, "cost": 3.0, "cache_hit_rate": 0.1, "latency": 1.0, "failures/429": 2.0}
+    together = _together([first, second, {}])
+    assert together == pytest.approx(
+        {"asked": 40, "requests": 20, "cost": 4, "cache_hit_rate": 0.2, "latency": 1.25, "failures/429": 2}
+    )
+
+
+def test_a_huge_reward_elsewhere_leaves_a_group_its_signal():
+    result = group_advantages([0.0, 1.0, 1e10, 2e10], ["a", "a", "b", "b"])
+    assert result.states == [GroupState.SIGNAL, GroupState.SIGNAL]
+    assert result.values[:2] == pytest.approx([-(0.5**0.5), 0.5**0.5], abs=1e-3)

@@ -11,6 +11,8 @@ from memfactory.errors import RecipeError
 from memfactory.recipe import RewardSection
 from memfactory.reward.aggregate import Gated, check_columns
 from memfactory.reward.catalogue import build_dimensions, load_dimension
+from memfactory.reward.dimension import Role
+from memfactory.reward.table import Column
 
 
 def episode(*lengths, right=True, words=False):
@@ -81,10 +83,11 @@ def test_the_range_is_said_and_the_gated_aggregator_refuses_it():
     dimension = load_dimension("length.group_relative")
     assert (dimension.low, dimension.high, dimension.scope, dimension.role) == (-1, 0, "group", "bonus")
     [plain] = build_dimensions([RewardSection(name="length.group_relative")])
-    [error] = check_columns(Gated(), [plain.column])
+    gate = Column("gate", Role.GATE)
+    [error] = check_columns(Gated(), [plain.column, gate])
     assert isinstance(error, RecipeError)
     [scaled] = build_dimensions([RewardSection(name="length.group_relative", transform="unit")])
-    assert check_columns(Gated(), [scaled.column]) == []
+    assert check_columns(Gated(), [scaled.column, gate]) == []
 
 
 MEMBERS = st.lists(st.tuples(st.integers(0, 200), st.booleans()), min_size=1, max_size=8)

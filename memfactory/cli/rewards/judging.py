@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memfactory.errors import RecipeError
-from memfactory.plugins import find_in_folder, resolve
+from memfactory.plugins import resolve
+from memfactory.reward.catalogue import find
 from memfactory.reward.dimension import RewardDimension, innermost
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def find_rubric(name: str) -> Rubric:
     """
     from memfactory.reward.judge import Rubric
 
-    found = resolve(name) if ":" in name else find_in_folder(name, "rewards")
+    found = resolve(name) if ":" in name else find(name)
     if isinstance(found, Rubric):
         return found
     function = innermost(found.function if isinstance(found, RewardDimension) else found)

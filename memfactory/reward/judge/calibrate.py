@@ -15,7 +15,7 @@ from itertools import combinations
 from memfactory.errors import DataError, JudgeError, RecipeError
 from memfactory.reward.judge.base import PREFERENCES, Judge, Rubric
 from memfactory.reward.judge.examples import Example, Pair
-from memfactory.reward.judge.pairwise import both_orders, flipped, settle
+from memfactory.reward.judge.pairwise import both_orders, flipped, preference_of
 
 POSITION_GAP = 20.0
 """Points of position bias from which the report warns. Zero-shot judges show 28 to 35, guided ones 9 to 10
@@ -41,7 +41,7 @@ class Compared:
 
     @property
     def preference(self) -> int:
-        return settle(self.forward, self.backward)
+        return preference_of(self.forward, self.backward)
 
     @property
     def flipped(self) -> bool:

@@ -27,7 +27,7 @@ async def both_orders(
     return forward, backward
 
 
-def settle(forward: int, backward: int) -> int:
+def preference_of(forward: int, backward: int) -> int:
     """One preference out of two orders: a contradiction is a tie, a tie and a preference are the preference."""
     difference = forward - backward
     return (difference > 0) - (difference < 0)

@@ -7,7 +7,7 @@ import math
 from memfactory.episode import Score
 from memfactory.errors import JudgeError, RewardError, boundary
 from memfactory.reward.judge.base import Rubric, check_fields
-from memfactory.reward.judge.pairwise import both_orders, check_pair, flipped, settle
+from memfactory.reward.judge.pairwise import both_orders, check_pair, flipped, preference_of
 from memfactory.reward.judge.tally import Tally
 
 FIX = "set judge.base_url and judge.model in the recipe, or give the rubric a {}"
@@ -60,7 +60,7 @@ class RuleJudge:
         """As :meth:`prefer`, in both orders: a rule can depend on the order too."""
         forward, backward = await both_orders(self, rubric, first, second, fields)
         self._tally.add(comparisons=1, flips=int(flipped(forward, backward)))
-        return settle(forward, backward)
+        return preference_of(forward, backward)
 
     def metrics(self) -> dict[str, float]:
         return self._tally.take()
