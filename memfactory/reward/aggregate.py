@@ -342,7 +342,5 @@ def check_columns(aggregator: Aggregator, columns: list[Column]) -> list[RecipeE
                 )
             )
         elif aggregator.needs_positive and column.weight < 0:
-            errors.append(
-                RecipeError(f"{where}: weight {column.weight:g}", "weights are shares", "reverse the score")
-            )
+            errors.append(RecipeError(f"{where}: weight {column.weight:g}", "weights are shares", "reverse the score"))
     return errors

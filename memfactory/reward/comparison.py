@@ -10,7 +10,7 @@ from typing import Any
 
 from memfactory.episode import Episode, Score
 from memfactory.errors import MemFactoryError
-from memfactory.reward.dimension import DEADLINE, RewardDimension, Role, Scope
+from memfactory.reward.dimension import DEADLINE, RewardDimension, Role, Scope, is_async
 
 Comparator = Callable[..., Any]
 """``compare(first, second) -> 1 | 0 | -1``: 1 where the first episode is better, 0 for a tie, None for no verdict.
@@ -46,7 +46,7 @@ def comparison(
             verdicts = {(i, j): inner(episodes[i], episodes[j], **services) for i, j in pairs}
             return win_rates(len(episodes), verdicts)
 
-        function: Callable[..., Any] = ask if inspect.iscoroutinefunction(inner) else rule
+        function: Callable[..., Any] = ask if is_async(inner) else rule
         # the signature that options and services are read from: a list of episodes, and what the comparator asks for
         first = inspect.Parameter("episodes", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         function.__signature__ = inspect.Signature([first, *injected])  # type: ignore[attr-defined]

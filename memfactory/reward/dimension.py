@@ -86,10 +86,7 @@ class RewardDimension:
 
     @property
     def asynchronous(self) -> bool:
-        inner = innermost(self.function)
-        return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(
-            getattr(inner, "__call__", None)  # noqa: B004 - an object with an async __call__
-        )
+        return is_async(innermost(self.function))
 
     @property
     def per_turn(self) -> bool:
@@ -209,6 +206,13 @@ class RewardDimension:
 
 INJECTED = ("judge",)
 """Parameters of a reward function that the framework fills in."""
+
+
+def is_async(function: Any) -> bool:
+    """Whether calling `function`, a function or an object with ``__call__``, gives something to await."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        getattr(function, "__call__", None)  # noqa: B004
+    )
 
 
 def innermost(function: Any) -> Any:

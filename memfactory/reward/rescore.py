@@ -8,7 +8,6 @@ rewards and advantages they were stored with. The run's own files are only read;
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,10 +20,11 @@ import yaml
 from memfactory.episode import Episode
 from memfactory.errors import DataError, RecipeErrors
 from memfactory.recipe import Recipe, apply_overrides, read_yaml, schema_errors
+from memfactory.reward import statistics
 from memfactory.reward.advantage import GroupState
-from memfactory.reward.measure import Faults
+from memfactory.reward.faults import Faults
 from memfactory.reward.system import RewardSystem
-from memfactory.reward.table import Floats, codes, group_mean
+from memfactory.reward.table import Floats
 from memfactory.runs import RunFolder, episode_from_record
 
 _SECTIONS = ("rewards", "aggregate", "credit", "judge")
@@ -141,7 +141,7 @@ def rescore(run: RunFolder, system: RewardSystem, split: str = "train", scale_re
     for step, members in batches.items():  # one batch each: estimators and correlations look at a batch
         batch = [episodes[index] for index in members]
         own = system.begin().finish(batch)
-        _add(faults, own)
+        faults.include(own)
         assessment = system.assess(batch, own, scale_rewards=scale_rewards)
         names = dict.fromkeys(episode.group for episode in batch)
         states |= {(step, name): state for name, state in zip(names, assessment.advantages.states, strict=True)}
@@ -275,33 +275,8 @@ def _spearman(before: Iterable[float | None], after: Iterable[float | None]) -> 
     """Correlation of ranks, ties at their mean rank; None where one side is constant."""
     old, new = np.array(list(before), dtype=np.float64), np.array(list(after), dtype=np.float64)
     known = np.isfinite(old) & np.isfinite(new)
-    ranks = [_ranks(values[known]) for values in (old, new)]
+    ranks = list(statistics.ranks(np.stack([old[known], new[known]], axis=1)).T)
     if known.sum() < 2 or any(np.ptp(rank) == 0 for rank in ranks):
         return None
     first, second = (rank - rank.mean() for rank in ranks)
     return float(first @ second / np.sqrt((first @ first) * (second @ second)))
-
-
-def _ranks(values: Floats) -> Floats:
-    position = np.empty(len(values))
-    position[np.argsort(values, kind="stable")] = np.arange(len(values))
-    same = codes(values.tolist())
-    return group_mean(position, same)[same]
-
-
-def _add(total: Faults, own: Faults) -> None:
-    for name in ("count", "by_dimension"):
-        counts = getattr(total, name)
-        for key, number in getattr(own, name).items():
-            counts[key] = counts.get(key, 0) + number
-    total.examples = (total.examples + own.examples)[:3]
-    total.tracebacks = (total.tracebacks + own.tracebacks)[:3]
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if known else None
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

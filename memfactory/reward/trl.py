@@ -8,7 +8,7 @@ from functools import wraps
 from typing import Any
 
 from memfactory.episode import Episode
-from memfactory.reward.dimension import RewardDimension
+from memfactory.reward.dimension import RewardDimension, is_async
 
 
 def is_trl_function(function: Any) -> bool:
@@ -28,7 +28,7 @@ def from_trl(function: Callable[..., Any], name: str) -> RewardDimension:
         given = columns(episodes)
         return given if everything else {key: value for key, value in given.items() if key in parameters}
 
-    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):  # noqa: B004
+    if is_async(function):
 
         async def call_async(episodes: Sequence[Episode], **options: Any) -> Any:
             return await function(**(arguments(episodes) | options))
