@@ -8,6 +8,7 @@ rewards and advantages they were stored with. The run's own files are only read;
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -275,8 +276,19 @@ def _spearman(before: Iterable[float | None], after: Iterable[float | None]) -> 
     """Correlation of ranks, ties at their mean rank; None where one side is constant."""
     old, new = np.array(list(before), dtype=np.float64), np.array(list(after), dtype=np.float64)
     known = np.isfinite(old) & np.isfinite(new)
+    if known.sum() < 2:
+        return None
     ranks = list(statistics.ranks(np.stack([old[known], new[known]], axis=1)).T)
-    if known.sum() < 2 or any(np.ptp(rank) == 0 for rank in ranks):
+    if any(np.ptp(rank) == 0 for rank in ranks):
         return None
     first, second = (rank - rank.mean() for rank in ranks)
     return float(first @ second / np.sqrt((first @ first) * (second @ second)))
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
