@@ -45,6 +45,10 @@ class Probe:
     question: str
     answers: tuple[str, ...]
     evidence: tuple[Evidence, ...] = ()
+    category: str = ""
+    """Kind of question, as its dataset writes it (LoCoMo: ``1`` to ``5``); empty where there are no kinds."""
+    after: int | None = None
+    """Asked once this many chunks of the stream have been read; None: after the last one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -296,7 +296,8 @@ def episode_from_record(record: Record) -> Episode:
 
 def _probe(data: Record) -> Probe:
     evidence = tuple(Evidence(item["text"], item["chunk"]) for item in data["evidence"])
-    return Probe(data["question"], tuple(data["answers"]), evidence)
+    # the last two are absent in older records
+    return Probe(data["question"], tuple(data["answers"]), evidence, data.get("category", ""), data.get("after"))
 
 
 def _turn(data: Record) -> Turn:

@@ -18,6 +18,11 @@ ENVIRONMENTS = {
     "files": "memfactory.environments.files:LongContextFiles",
     "hub": "memfactory.environments.hub:HubDataset",
     "ruler": "memfactory.environments.ruler:RulerTasks",
+    "dialogues": "memfactory.environments.dialogues:Dialogues",
+    "locomo": "memfactory.environments.locomo:LoCoMo",
+    "longmemeval": "memfactory.environments.longmemeval:LongMemEval",
+    "msc": "memfactory.environments.msc:MultiSessionChat",
+    "bank_files": "memfactory.environments.bank_files:BankFiles",
 }
 """Shipped environments. Each is imported when it is asked for."""
 
