@@ -58,8 +58,10 @@ def correlations(values: Floats) -> Floats:
     both = np.maximum(known.T @ known, 1)
     sums = centered.T @ known  # [i, j]: of i, over the episodes that have j too; so their mean is sums / both
     covariance = centered.T @ centered - sums * sums.T / both
-    variance = (centered**2).T @ known - sums**2 / both
-    variance = np.where(variance > both * noise**2, variance, np.nan)
+    squares = (centered**2).T @ known
+    variance = squares - sums**2 / both
+    # a difference of sums cannot be told from 0 below its own rounding
+    variance = np.where(variance > both * noise**2 + 1e-12 * squares, variance, np.nan)
     result: Floats = covariance / np.sqrt(variance * variance.T)
     return np.clip(result, -1.0, 1.0)
 

@@ -55,6 +55,11 @@ def test_correlations_do_not_see_units(values, offset, factor):
     assert correlations(moved) == pytest.approx(correlations(values), abs=1e-6, nan_ok=True)
 
 
+def test_a_dimension_that_is_constant_where_both_are_known_has_no_correlation_there():
+    values = np.array([[1.25 * 14.1, N], [0.0, 0.0], [0.0, 0.0], [0.0, 0.25]])
+    assert np.isnan(correlations(values)[0, 1])
+
+
 def test_correlations_are_numpys_where_nothing_is_missing():
     values = np.random.default_rng(0).normal(size=(50, 3))
     assert correlations(values) == pytest.approx(np.corrcoef(values.T), abs=1e-12)
