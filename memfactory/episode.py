@@ -90,6 +90,10 @@ class Operation:
     target: str = ""
     """Id of the entry it changes; empty where it makes a new one."""
     text: str = ""
+    key: str = ""
+    tags: tuple[str, ...] = ()
+    time: str = ""
+    """When what it says was said or true, as ISO 8601; empty where unknown."""
     error: str = ""
     """Why it could not be carried out; empty when it was."""
 

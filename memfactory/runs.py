@@ -316,12 +316,16 @@ def _turn(data: Record) -> Turn:
         memory_before=data["memory_before"],
         memory_after=data["memory_after"],
         error=data["error"],
-        operations=[Operation(**operation) for operation in data.get("operations", [])],  # absent in older records
+        operations=[_operation(operation) for operation in data.get("operations", [])],  # absent in older records
         retrieved=[Retrieved(**entry) for entry in data.get("retrieved", [])],
         cited=data.get("cited", []),
         scores=_scores(data.get("scores", {})),
         advantage=_or_nan(data["advantage"]),
     )
+
+
+def _operation(data: Record) -> Operation:
+    return Operation(**{**data, "tags": tuple(data.get("tags", ()))})
 
 
 def _finite(value: float | None, digits: int | None = None) -> float | None:
