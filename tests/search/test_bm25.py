@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import random
 
+import bm25s
 import numpy as np
 import pytest
 
 from memfactory.memory.entries import Entry
 from memfactory.search import BM25Searcher
 from memfactory.search.tokens import words
-
-bm25s = pytest.importorskip("bm25s", reason="pip install bm25s")
 
 VOCABULARY = [f"w{i}" for i in range(60)]
 
