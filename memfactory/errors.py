@@ -7,8 +7,11 @@ message says what happened, why, and how to fix it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
+
+MadeT = TypeVar("MadeT")
 
 
 class MemFactoryError(Exception):
@@ -47,6 +50,17 @@ class RecipeErrors(RecipeError):
 
     def __str__(self) -> str:
         return "\n".join([self.what, *(f"- {error}" for error in self.errors)])
+
+
+def attempt(make: Callable[[], MadeT], errors: list[MemFactoryError]) -> MadeT | None:
+    """What `make` gives, or None where the recipe is wrong: the errors are added to `errors`, to be shown together."""
+    try:
+        return make()
+    except RecipeErrors as several:
+        errors.extend(several.errors)
+    except RecipeError as error:
+        errors.append(error)
+    return None
 
 
 class DataError(MemFactoryError):

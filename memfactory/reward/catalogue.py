@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from memfactory.errors import MemFactoryError, RecipeError, RecipeErrors
+from memfactory.errors import MemFactoryError, RecipeError, RecipeErrors, attempt
 from memfactory.plugins import load_file, resolve, shipped
 from memfactory.recipe import RewardSection, nearest
 from memfactory.reward.dimension import DEADLINE, Missing, RewardDimension, Role
@@ -117,14 +118,8 @@ def build_dimensions(sections: Iterable[RewardSection]) -> list[WeightedDimensio
         RecipeErrors: names, options or roles are wrong, or two entries have the same name; all together.
     """
     errors: list[MemFactoryError] = []
-    made: list[WeightedDimension] = []
-    for section in sections:
-        try:
-            made.append(build_dimension(section))
-        except RecipeErrors as several:
-            errors.extend(several.errors)
-        except RecipeError as error:
-            errors.append(error)
+    attempts = [attempt(partial(build_dimension, section), errors) for section in sections]
+    made = [weighted for weighted in attempts if weighted is not None]
     names = [weighted.name for weighted in made]
     for name in sorted({name for name in names if names.count(name) > 1}):
         fix = "give it one entry with one weight, or a `label:` of its own to each"

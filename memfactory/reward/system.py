@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memfactory.episode import Episode
-from memfactory.errors import MemFactoryError, RecipeError, RecipeErrors, RewardError
+from memfactory.errors import MemFactoryError, RecipeError, RecipeErrors, RewardError, attempt
 from memfactory.recipe import CreditSection, Recipe
 from memfactory.reward import statistics
 from memfactory.reward.advantage import Advantages, Estimator, advantages, shuffled
@@ -97,27 +97,17 @@ class RewardSystem:
 
         errors: list[MemFactoryError] = []
 
-        def collect(make: Any) -> Any:
-            try:
-                return make()
-            except RecipeErrors as several:
-                errors.extend(several.errors)
-            except RecipeError as error:
-                errors.append(error)
-            return None
-
-        dimensions = collect(lambda: build_dimensions(recipe.rewards))
-        aggregator = collect(lambda: build_aggregator(recipe.aggregate))
-        collect(lambda: build_assigner(recipe.credit.assigner))
-        judge = collect(lambda: build_judge(recipe.judge))
+        dimensions = attempt(lambda: build_dimensions(recipe.rewards), errors)
+        aggregator = attempt(lambda: build_aggregator(recipe.aggregate), errors)
+        attempt(lambda: build_assigner(recipe.credit.assigner), errors)
+        judge = attempt(lambda: build_judge(recipe.judge), errors)
         if dimensions is not None and not any(_outcome(weighted) for weighted in dimensions):
             why = "every entry scores turns, is a potential or a gate, or has weight 0"
             errors.append(RecipeError("rewards: nothing says how an episode ended", why, "add answer.exact_match"))
-        system = None if errors else collect(lambda: cls(dimensions, aggregator, recipe.credit, judge))
         if errors:
             raise RecipeErrors("rewards", errors)
-        assert isinstance(system, cls)
-        return system
+        assert dimensions is not None
+        return cls(dimensions, aggregator, recipe.credit, judge)
 
     def _supplied(self, weighted: WeightedDimension) -> WeightedDimension:
         services = {"judge": self.judge} if self.judge is not None else {}

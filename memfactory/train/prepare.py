@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from memfactory.agents import Agent, build_agent
 from memfactory.environments import build_environment
 from memfactory.environments.base import Environment, Split
 from memfactory.environments.overlap import check_disjoint
 from memfactory.episode import Task
-from memfactory.errors import DataError, RecipeError, RecipeErrors
+from memfactory.errors import DataError, RecipeErrors, attempt
 from memfactory.evaluate.run import EvalOptions
 from memfactory.policy.base import Policy
 from memfactory.recipe import Recipe, apply_overrides, read_yaml, schema_errors
 from memfactory.reward.catalogue import WeightedDimension, load_dimension
 from memfactory.reward.system import RewardSystem
 from memfactory.train.config import check_train
-
-PartT = TypeVar("PartT")
 
 
 @dataclass
@@ -83,20 +81,11 @@ def prepare(path: Path, overrides: Sequence[str] = (), splits: Collection[Split]
     if recipe is None:
         raise RecipeErrors(str(path), errors)
 
-    def attempt(make: Callable[[], PartT]) -> PartT | None:
-        try:
-            return make()
-        except RecipeErrors as several:
-            errors.extend(several.errors)
-        except RecipeError as error:
-            errors.append(error)
-        return None
-
-    agent = attempt(lambda: build_agent(recipe.agent.name, recipe.agent.options))
-    environment = attempt(lambda: build_environment(recipe.environment.name, recipe.environment.options))
-    rewards = attempt(lambda: RewardSystem.from_recipe(recipe))
+    agent = attempt(lambda: build_agent(recipe.agent.name, recipe.agent.options), errors)
+    environment = attempt(lambda: build_environment(recipe.environment.name, recipe.environment.options), errors)
+    rewards = attempt(lambda: RewardSystem.from_recipe(recipe), errors)
     if recipe.eval.metric not in [section.label or section.name for section in recipe.rewards]:
-        attempt(lambda: load_dimension(recipe.eval.metric))
+        attempt(lambda: load_dimension(recipe.eval.metric), errors)
     if errors:
         raise RecipeErrors(str(path), errors)
     assert agent is not None
