@@ -12,7 +12,7 @@ from memfactory.errors import MemFactoryError, RecipeError, RecipeErrors, attemp
 from memfactory.plugins import load_file, resolve, shipped
 from memfactory.recipe import RewardSection, nearest
 from memfactory.reward.dimension import DEADLINE, Missing, RewardDimension, Role
-from memfactory.reward.table import Column
+from memfactory.reward.table import Column, Floats
 from memfactory.reward.transform import Transform, build_transform
 from memfactory.reward.trl import from_trl, is_trl_function
 
@@ -34,6 +34,10 @@ class WeightedDimension:
         own = self.dimension
         low, high = self.transform.bounds(own.low, own.high) if self.transform else (own.low, own.high)
         return Column(self.name, own.role, self.weight, low, high, own.missing, self.threshold, own.noise, self.stage)
+
+    def transformed(self, values: Floats) -> Floats:
+        """Scores under the transform, if there is one. NaN stays NaN."""
+        return values if self.transform is None else self.transform(values, self.dimension.low, self.dimension.high)
 
 
 def folders() -> list[Path]:

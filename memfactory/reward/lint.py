@@ -18,12 +18,12 @@ from rich.console import Console
 from rich.table import Table
 
 from memfactory.episode import Episode
-from memfactory.reward.aggregate import Gated, MinMaxMean, WeightedSum, gate_factor, max_safe_delta, unit
+from memfactory.reward.aggregate import Gated, MinMaxMean, WeightedSum, gate_factor, max_safe_delta
 from memfactory.reward.catalogue import WeightedDimension
 from memfactory.reward.dimension import Role
 from memfactory.reward.measure import measure
 from memfactory.reward.system import RewardSystem
-from memfactory.reward.table import Bools, Floats, ScoreTable, codes
+from memfactory.reward.table import Floats
 
 ENOUGH = 8
 """Episodes from which a missing spread means something."""
@@ -113,15 +113,10 @@ class _Samples:
             episodes = deepcopy(list(episodes))
             system.begin().finish(episodes)
         self.episodes = list(episodes)
-        self.columns = tuple(weighted.column for weighted in system.dimensions)
-        values = np.array([[e.scores[name].value for name in names] for e in episodes], dtype=np.float64)
-        values = values.reshape(len(self.episodes), len(names))
-        for k, weighted in enumerate(system.dimensions):
-            if weighted.transform is not None:
-                values[:, k] = weighted.transform(values[:, k], weighted.dimension.low, weighted.dimension.high)
-        self.values: Floats = values
+        self.table = system.table(self.episodes)
+        self.values: Floats = self.table.values
         """(N, D), transformed; NaN where None."""
-        self.groups = codes([episode.group for episode in episodes])
+        self.groups = self.table.groups
 
     def __len__(self) -> int:
         return len(self.episodes)
@@ -235,8 +230,7 @@ def _by_spread(system: RewardSystem, samples: _Samples) -> Iterator[Finding]:
         if known.size < 2 or known.std() > 1e-9 * max(1.0, float(np.abs(known).max())):
             continue
         if weighted.dimension.role is Role.GATE:
-            column = weighted.column
-            passes = (float(known[0]) - column.low) / (column.high - column.low) >= column.threshold
+            passes = weighted.column.passes(known[:1]).all()
             why = "every episode passes it" if passes else "every episode fails it, so nothing is rewarded"
             level = Level.NOTE if passes else samples.level
             yield Finding(level, weighted.name, f"is {known[0]:g} on all of {samples.many}", why)
@@ -340,10 +334,9 @@ def _flips(system: RewardSystem, bonus: WeightedDimension, samples: _Samples) ->
     Pairs inside a group where groups have several episodes, else all: samples are often of different tasks.
     """
     keep = [k for k, weighted in enumerate(system.dimensions) if not weighted.dimension.per_turn]
-    table = ScoreTable(samples.values, samples.columns, samples.groups)
-    without = tuple(replace(c, weight=0.0) if c.name == bonus.name else c for c in samples.columns)
-    before = system.aggregator(replace(table, columns=without).select(keep)).reward
-    after = system.aggregator(table.select(keep)).reward
+    without = tuple(replace(c, weight=0.0) if c.name == bonus.name else c for c in samples.table.columns)
+    before = system.aggregator(replace(samples.table, columns=without).select(keep)).reward
+    after = system.aggregator(samples.table.select(keep)).reward
     alone = len(np.unique(samples.groups)) == len(samples)
     flipped = pairs = 0
     for i in range(len(samples)):
@@ -365,10 +358,9 @@ def _by_group(system: RewardSystem, samples: _Samples) -> Iterator[Finding]:
     several = np.flatnonzero(counts > 1)
     if not gates or not several.size:
         return
-    table = ScoreTable(samples.values, samples.columns, samples.groups)
-    with np.errstate(invalid="ignore"):  # None is no pass
-        holds: Bools = np.asarray(unit(table, gates) >= table.array("threshold", gates))  # (N, m)
-    passes: Bools = np.asarray(holds.all(axis=1), dtype=np.bool_)
+    passes = np.ones(len(samples), dtype=bool)
+    for k in gates:
+        passes &= samples.table.columns[k].passes(samples.values[:, k])
     dead = [group for group in several if not passes[samples.groups == group].any()]
     if dead:
         names = ", ".join(system.dimensions[k].name for k in gates)
@@ -403,7 +395,8 @@ def _gate_probes(system: RewardSystem, samples: _Samples) -> Iterator[Finding]:
         ):
             own = deepcopy(probe)
             measure([own], [weighted])
-            if not _passes(weighted, own.scores[weighted.name].value):
+            value: Floats = np.array([own.scores[weighted.name].value], dtype=np.float64)  # None becomes NaN
+            if not weighted.column.passes(weighted.transformed(value)).all():
                 continue
             empty = probe is nothing
             yield Finding(
@@ -414,17 +407,6 @@ def _gate_probes(system: RewardSystem, samples: _Samples) -> Iterator[Finding]:
                 'return Score(None, "nothing to check") there: a gate without a value fails',
             )
             break
-
-
-def _passes(weighted: WeightedDimension, value: float | None) -> bool:
-    """Whether a gate's score holds. Without a value it fails."""
-    if value is None:
-        return False
-    if weighted.transform is not None:
-        one: Floats = np.array([value])
-        value = float(weighted.transform(one, weighted.dimension.low, weighted.dimension.high).item())
-    column = weighted.column
-    return bool((value - column.low) / (column.high - column.low) >= column.threshold)
 
 
 def _by_gold(system: RewardSystem, samples: _Samples) -> Iterator[Finding]:

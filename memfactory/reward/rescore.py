@@ -212,9 +212,7 @@ def _bounds(system: RewardSystem, episodes: Sequence[Episode]) -> dict[str, tupl
         own, name = weighted.dimension, weighted.name
         holders = [turn.scores for e in episodes for turn in e.turns] if own.per_turn else [e.scores for e in episodes]
         known = [scores[name].value for scores in holders if name in scores]
-        values = np.array([value for value in known if value is not None], dtype=np.float64)
-        if weighted.transform is not None:
-            values = weighted.transform(values, own.low, own.high)
+        values = weighted.transformed(np.array([value for value in known if value is not None], dtype=np.float64))
         if values.size:
             bounds[name] = (float(values.min()), float(values.max()))
     return bounds

@@ -39,8 +39,7 @@ def summarise(column: Column, values: Floats, reasons: Counter[str]) -> dict[str
         "reasons": dict(reasons.most_common(5)),
     }
     if column.role is Role.GATE:
-        scaled = (known - column.low) / (column.high - column.low)
-        summary["pass_rate"] = float((scaled >= column.threshold).sum() / values.size) if values.size else None
+        summary["pass_rate"] = float(column.passes(values).mean()) if values.size else None
     return summary
 
 

@@ -138,23 +138,24 @@ class RewardSystem:
 
     def reward(self, episodes: Sequence[Episode]) -> Aggregate:
         """Aggregate the scores `episodes` have into their `reward`."""
-        table = self._table(scores_of(episodes, self._names), codes([episode.group for episode in episodes]))
+        table = self.table(episodes)
         aggregate = self.aggregator(table.select(self._of_episodes))
         for episode, value in zip(episodes, aggregate.reward.tolist(), strict=True):
             episode.reward = None if np.isnan(value) else value
         return aggregate
 
+    def table(self, episodes: Sequence[Episode]) -> ScoreTable:
+        """The transformed scores of measured `episodes` on all dimensions; of those of turns, the means."""
+        return self._table(scores_of(episodes, self._names), codes([episode.group for episode in episodes]))
+
     def _transformed(self, values: Floats, keep: Sequence[int]) -> Floats:
         """`values` (n, len(keep)) of the dimensions `keep`, each under its transform."""
         values = values.copy()
         for place, k in enumerate(keep):
-            transform, own = self.dimensions[k].transform, self.dimensions[k].dimension
-            if transform is not None:
-                values[:, place] = transform(values[:, place], own.low, own.high)
+            values[:, place] = self.dimensions[k].transformed(values[:, place])
         return values
 
     def _table(self, values: Floats, groups: Ints) -> ScoreTable:
-        """All dimensions, of episodes; those of turns by their mean."""
         columns = tuple(weighted.column for weighted in self.dimensions)
         return ScoreTable(self._transformed(values, range(len(columns))), columns, groups)
 

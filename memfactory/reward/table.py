@@ -33,6 +33,11 @@ class Column:
     stage: str = ""
     """Stage in a stage-wise product."""
 
+    def passes(self, values: Floats) -> Bools:
+        """Whether each score of a gate holds; one that is missing does not. Shape as `values`."""
+        scaled = (values - self.low) / (self.high - self.low)
+        return np.asarray(scaled >= self.threshold, dtype=np.bool_)  # NaN compares as False
+
 
 @dataclass(frozen=True)
 class ScoreTable:
