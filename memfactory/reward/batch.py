@@ -15,7 +15,7 @@ from operator import attrgetter, itemgetter
 import numpy as np
 
 from memfactory.episode import Episode, Score
-from memfactory.reward.measure import Faults
+from memfactory.reward.faults import Faults
 from memfactory.reward.table import Bools, Floats, Ints, codes
 
 _VALUE = attrgetter("value")

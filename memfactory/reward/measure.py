@@ -18,7 +18,7 @@ from concurrent.futures import wait as wait_for_any
 from typing import Any
 
 from memfactory.episode import Episode, Score
-from memfactory.reward.background import BackgroundLoop
+from memfactory.reward.background import LOOP
 from memfactory.reward.call import Call, calls_of, takes_lists
 from memfactory.reward.catalogue import WeightedDimension
 from memfactory.reward.dimension import RewardDimension, Scope
@@ -38,12 +38,10 @@ class Measuring:
 
     Args:
         dimensions: what to measure.
-        loop: where async functions run.
     """
 
-    def __init__(self, dimensions: Sequence[WeightedDimension], loop: BackgroundLoop | None = None) -> None:
+    def __init__(self, dimensions: Sequence[WeightedDimension]) -> None:
         self._dimensions = dimensions
-        self._loop = loop or BackgroundLoop()
         self._early = [w for w in dimensions if w.dimension.asynchronous and not takes_lists(w.dimension)]
         self._lock = threading.Lock()
         self._running: list[tuple[Call, Future[Any]]] = []
@@ -55,7 +53,7 @@ class Measuring:
             self._seen.add(id(episode))
             for weighted in self._early:
                 for call in calls_of(weighted, [episode]):
-                    self._running.append((call, self._loop.start(call.run_async())))
+                    self._running.append((call, LOOP.start(call.run_async())))
 
     def finish(self, episodes: Sequence[Episode], gather: Gather | None = None) -> Faults:
         """Measure everything that is left of `episodes` and put the scores on them.
@@ -74,20 +72,20 @@ class Measuring:
             for call in calls:
                 failed[call.weighted.name].update(id(episode) for episode in call.store(faults))
 
-        # functions of groups come last: they may look at the other scores
-        for last in (False, True):
-            for weighted in self._dimensions:
-                of_groups = weighted.dimension.scope is Scope.GROUP
-                if weighted in self._early or of_groups is not last:
-                    continue
-                seen = _whole_groups(episodes, gather) if of_groups and gather is not None else episodes
+        def call_all(dimensions: Sequence[WeightedDimension], seen: Sequence[Episode]) -> None:
+            for weighted in dimensions:
                 calls = calls_of(weighted, seen)
                 if weighted.dimension.asynchronous:
-                    self._running += [(call, self._loop.start(call.run_async())) for call in calls]
+                    self._running += [(call, LOOP.start(call.run_async())) for call in calls]
                 else:
                     _run(calls, weighted.dimension.deadline)
                     store(calls)
             store(self._wait())
+
+        of_groups = [w for w in self._dimensions if w.dimension.scope is Scope.GROUP]
+        call_all([w for w in self._dimensions if w not in of_groups and w not in self._early], episodes)
+        if of_groups:  # last: they may look at the other scores
+            call_all(of_groups, _whole_groups(episodes, gather) if gather is not None else episodes)
         own = {id(episode) for episode in episodes}  # whole groups have others' episodes too
         faults.by_dimension = {name: len(which & own) for name, which in failed.items() if which & own}
         for weighted in self._dimensions:
@@ -107,8 +105,8 @@ class Measuring:
             _, pending = wait_for_any(pending, timeout=_POLL)
             limits = [c.weighted.dimension.deadline for c, f in self._running if f in pending]
             patience = max((limit for limit in limits if limit is not None), default=60.0)
-            if pending and not self._loop.responds(patience):
-                self._loop.abandon()
+            if pending and not LOOP.responds(patience):
+                LOOP.abandon()
                 break
         for call, future in self._running:
             why = "an async reward function blocks the event loop: use `await`, or make it an ordinary function"
@@ -117,11 +115,9 @@ class Measuring:
         return calls
 
 
-def measure(
-    episodes: Sequence[Episode], dimensions: Sequence[WeightedDimension], loop: BackgroundLoop | None = None
-) -> Faults:
+def measure(episodes: Sequence[Episode], dimensions: Sequence[WeightedDimension]) -> Faults:
     """Measure `dimensions` on complete `episodes`: sets `scores` of episodes and turns."""
-    return Measuring(dimensions, loop).finish(episodes)
+    return Measuring(dimensions).finish(episodes)
 
 
 def measure_one(dimension: RewardDimension, episode: Episode) -> Score:

@@ -20,12 +20,13 @@ from memfactory.recipe import CreditSection, Recipe
 from memfactory.reward import statistics
 from memfactory.reward.advantage import Advantages, Estimator, advantages, shuffled
 from memfactory.reward.aggregate import Aggregate, Aggregator, Gated, build_aggregator, check_columns
-from memfactory.reward.background import BackgroundLoop
+from memfactory.reward.background import LOOP
 from memfactory.reward.batch import Batch, Part, scores_of
 from memfactory.reward.catalogue import WeightedDimension, build_dimensions
 from memfactory.reward.credit import CreditAssigner, CreditBatch, build_assigner, turn_advantages
 from memfactory.reward.dimension import Role, innermost
-from memfactory.reward.measure import Faults, Gather, Measuring
+from memfactory.reward.faults import Faults
+from memfactory.reward.measure import Gather, Measuring
 from memfactory.reward.table import Floats, Ints, ScoreTable, codes
 
 if TYPE_CHECKING:
@@ -78,7 +79,6 @@ class RewardSystem:
         self.aggregator: Aggregator = aggregator or Gated()
         self.credit = credit or CreditSection()
         self.assigner: CreditAssigner = build_assigner(self.credit.assigner)
-        self._loop = BackgroundLoop()
         self._names = [weighted.name for weighted in self.dimensions]
         self._of_turns = [k for k, weighted in enumerate(self.dimensions) if weighted.dimension.per_turn]
         self._of_episodes = [k for k in range(len(self._names)) if k not in self._of_turns]
@@ -115,20 +115,18 @@ class RewardSystem:
 
     def also(self, weighted: WeightedDimension) -> RewardSystem:
         """This system with one more dimension, e.g. one that only evaluation measures."""
-        system = RewardSystem([*self.dimensions, weighted], self.aggregator, self.credit, self.judge)
-        system._loop = self._loop
-        return system
+        return RewardSystem([*self.dimensions, weighted], self.aggregator, self.credit, self.judge)
 
     def close(self) -> None:
         """Let the judge finish: connections are closed and verdicts that wait for the cache are written."""
         if self.judge is not None:
-            self._loop.start(self.judge.aclose()).result(timeout=10)
+            LOOP.start(self.judge.aclose()).result(timeout=10)
 
     # ---- scores ------------------------------------------------------------------------------
 
     def begin(self) -> Measuring:
         """Begin to measure a batch: `submit` episodes as they are complete, then `finish`."""
-        return Measuring(self.dimensions, self._loop)
+        return Measuring(self.dimensions)
 
     def score(self, episodes: Sequence[Episode]) -> Faults:
         """Measure complete `episodes` and set `scores` and `reward`, without credit: for evaluation."""
