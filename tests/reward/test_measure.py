@@ -771,35 +771,7 @@ def test_none_that_a_function_returns_counts_for_the_reward_and_not_as_a_fault()
 # ---- over ranks --------------------------------------------------------------------------------
 
 
-def on_ranks(parts, work):
-    """`work(rank, episodes, gather)` in one thread per rank, with a `gather` that really waits for the others."""
-    barrier, board, results, errors = threading.Barrier(len(parts), timeout=60), [None] * len(parts), {}, []
-
-    def run(rank):
-        def gather(items):
-            board[rank] = items
-            barrier.wait()
-            everyone = [item for part in board for item in part]
-            barrier.wait()
-            return everyone
-
-        try:
-            results[rank] = work(rank, parts[rank], gather)
-        except Exception as error:
-            errors.append(error)
-            barrier.abort()
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(parts))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return [results[rank] for rank in range(len(parts))]
-
-
-def test_groups_spread_over_ranks_are_measured_whole():
+def test_groups_spread_over_ranks_are_measured_whole(on_ranks):
     parts = [
         [episode(0.0, "a"), episode(0.1, "a"), episode(0.2, "b")],
         [episode(0.3, "b"), episode(0.4, "b"), episode(0.5, "c")],
@@ -809,14 +781,14 @@ def test_groups_spread_over_ranks_are_measured_whole():
     assert [values(part) for part in parts] == [[2.0, 2.0, 3.0], [3.0, 3.0, 1.0]]
 
 
-def test_a_fault_of_a_spread_group_counts_each_episode_once():
+def test_a_fault_of_a_spread_group_counts_each_episode_once(on_ranks):
     parts = [[episode(0.0, "a"), episode(0.1, "a")], [episode(0.2, "a"), episode(0.3, "b")]]
     bad = weigh(lambda episodes: throw(ValueError("no")), scope=Scope.GROUP)
     faults = on_ranks(parts, lambda rank, own, gather: Measuring([bad]).finish(own, gather))
     assert [f.by_dimension for f in faults] == [{"it": 2}, {"it": 2}]
 
 
-def test_every_rank_sees_a_spread_group_in_the_same_order():
+def test_every_rank_sees_a_spread_group_in_the_same_order(on_ranks):
     parts = [[episode(0.0, "a"), episode(0.1, "a")], [episode(0.2, "b"), episode(0.3, "a")]]
     place = weigh(lambda episodes: [float(i) for i in range(len(episodes))], scope=Scope.GROUP, high=9.0)
     on_ranks(parts, lambda rank, own, gather: Measuring([place]).finish(own, gather))

