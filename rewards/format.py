@@ -44,7 +44,7 @@ def json_schema(episode: Episode, *, schema: dict[str, Any] | str = "") -> Value
     followed. Source: JSON Schema, draft 2020-12 unless the schema names another.
     Gaming: the emptiest value that fits. State `required`, `minLength` and `minItems` in the schema.
     """
-    fits = _validator(schema) if isinstance(schema, str) else _make_validator(schema, "the schema")
+    fits = _of_file(schema) if isinstance(schema, str) else _of_text(json.dumps(schema))
     return _share([_is_json(_reply(answer.raw), fits) for answer in episode.answers], "answers no question")
 
 
@@ -101,7 +101,12 @@ def _refuse(constant: str) -> None:
 
 
 @functools.cache
-def _validator(path: str) -> Callable[[Any], bool]:
+def _of_text(schema: str) -> Callable[[Any], bool]:
+    return _make_validator(json.loads(schema), "the schema")
+
+
+@functools.cache
+def _of_file(path: str) -> Callable[[Any], bool]:
     if not path:
         return lambda value: True
     try:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from memfactory.environments.rows import Row
-from memfactory.errors import DataError, boundary
+from memfactory.environments.base import Split
+from memfactory.environments.rows import Row, collect
+from memfactory.episode import Task
+from memfactory.errors import DataError, RecipeError, boundary
 
 
 def read_records(path: str, option: str, source: str) -> Iterator[tuple[str, Row | DataError]]:
@@ -44,6 +46,21 @@ def read_records(path: str, option: str, source: str) -> Iterator[tuple[str, Row
         return
     for number, record in enumerate(whole if isinstance(whole, list) else [whole], 1):
         yield _record(f"{path} row {number}", record)
+
+
+def tasks_of(
+    split: Split, train: str, test: str, count: int | None, source: str, make: Callable[[str, Row], Task]
+) -> Sequence[Task]:
+    """Tasks of the first `count` records of the file of `split`, for data with a file for each.
+
+    Raises:
+        RecipeError: the recipe names no file for `split`.
+        DataError: the file is missing, or records are wrong (all of them are named).
+    """
+    path = train if split == Split.TRAIN else test
+    if not path:
+        raise RecipeError(f"environment.{split}: missing", f"no file for the {split} split", source)
+    return collect(list(read_records(path, str(split), source))[:count], make, path)
 
 
 def _line(where: str, line: str) -> tuple[str, Row | DataError]:

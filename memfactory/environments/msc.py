@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from memfactory.environments.base import Split
-from memfactory.environments.dialogue_files import gold_text, need, read_records
+from memfactory.environments.dialogue_files import gold_text, need, tasks_of
 from memfactory.environments.dialogue_sessions import Said, Session
-from memfactory.environments.rows import Row, collect, content_id
+from memfactory.environments.rows import Row, content_id
 from memfactory.episode import Probe, Task
-from memfactory.errors import DataError, RecipeError
+from memfactory.errors import DataError
 
 SOURCE = (
     "MSC comes with ParlAI (parl.ai/projects/msc, files msc_dialogue/session_N/train.txt and so on), its questions "
@@ -52,11 +52,7 @@ class MultiSessionChat:
             RecipeError: the recipe names no file for `split`.
             DataError: the file is missing, or rows are wrong (file and line are named).
         """
-        path = self.train if split == Split.TRAIN else self.test
-        if not path:
-            raise RecipeError(f"environment.{split}: missing", f"no file for the {split} split", SOURCE)
-        rows = list(read_records(path, str(split), SOURCE))
-        return collect(rows[:count], _task, path)
+        return tasks_of(split, self.train, self.test, count, SOURCE, _task)
 
 
 def _task(where: str, row: Row) -> Task:

@@ -13,7 +13,7 @@ from memfactory.reward.judge.base import PREFERENCES, Rubric, check_fields
 from memfactory.reward.judge.cache import VerdictCache
 from memfactory.reward.judge.endpoint import Endpoint
 from memfactory.reward.judge.loops import PerLoop
-from memfactory.reward.judge.pairwise import both_orders, check_pair, flipped, preference_of
+from memfactory.reward.judge.pairwise import check_pair, compared
 from memfactory.reward.judge.prompt import Question, Verdict, comparison, grading
 from memfactory.reward.judge.tally import Tally
 
@@ -53,9 +53,7 @@ class ModelJudge:
         check_pair(rubric, first, second, fields)
         if first == second:
             return 0
-        forward, backward = await both_orders(self, rubric, first, second, fields)
-        self._tally.add(comparisons=1, flips=int(flipped(forward, backward)))
-        return preference_of(forward, backward)
+        return await compared(self, self._tally, rubric, first, second, fields)
 
     def metrics(self) -> dict[str, float]:
         return self._tally.take()

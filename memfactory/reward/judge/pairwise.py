@@ -6,6 +6,7 @@ import asyncio
 
 from memfactory.errors import RewardError
 from memfactory.reward.judge.base import Judge, Rubric, check_fields
+from memfactory.reward.judge.tally import Tally
 
 
 async def both_orders(
@@ -25,6 +26,13 @@ async def both_orders(
         for one in asked:  # where one order failed, the other is worth nothing
             one.cancel()
     return forward, backward
+
+
+async def compared(judge: Judge, tally: Tally, rubric: Rubric, first: str, second: str, fields: dict[str, str]) -> int:
+    """What a judge's `compare` answers: both orders asked, and the flip noted where they contradict each other."""
+    forward, backward = await both_orders(judge, rubric, first, second, fields)
+    tally.add(comparisons=1, flips=int(flipped(forward, backward)))
+    return preference_of(forward, backward)
 
 
 def preference_of(forward: int, backward: int) -> int:

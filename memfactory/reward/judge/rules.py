@@ -7,7 +7,7 @@ import math
 from memfactory.episode import Score
 from memfactory.errors import JudgeError, RewardError, boundary
 from memfactory.reward.judge.base import Rubric, check_fields
-from memfactory.reward.judge.pairwise import both_orders, check_pair, flipped, preference_of
+from memfactory.reward.judge.pairwise import check_pair, compared
 from memfactory.reward.judge.tally import Tally
 
 FIX = "set judge.base_url and judge.model in the recipe, or give the rubric a {}"
@@ -58,9 +58,7 @@ class RuleJudge:
 
     async def compare(self, rubric: Rubric, first: str, second: str, /, **fields: str) -> int:
         """As :meth:`prefer`, in both orders: a rule can depend on the order too."""
-        forward, backward = await both_orders(self, rubric, first, second, fields)
-        self._tally.add(comparisons=1, flips=int(flipped(forward, backward)))
-        return preference_of(forward, backward)
+        return await compared(self, self._tally, rubric, first, second, fields)
 
     def metrics(self) -> dict[str, float]:
         return self._tally.take()
