@@ -7,11 +7,9 @@ something new, and a true paraphrase counts against the memory. `supported_judge
 from collections.abc import Mapping
 
 from memfactory import Episode, Score, Turn, reward
+from memfactory.modules import WRITERS
 from memfactory.reward import matching
 from memfactory.reward.judge import Judge, Rubric
-
-WRITES = ("write", "update")
-"""Modules whose turns change the memory."""
 
 
 @reward(role="gate")
@@ -26,7 +24,7 @@ def supported(episode: Episode) -> float:
     return matching.support(episode.memory, [*episode.task.stream, _questions(episode)]) or 0.0
 
 
-@reward(module=WRITES)
+@reward(module=WRITERS)
 def supported_writes(episode: Episode, turn: Turn) -> float:
     """|new words that occur in this turn's chunk or a question| / |new words|, in [0, 1].
 

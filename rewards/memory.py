@@ -8,12 +8,11 @@ import re
 from collections import Counter
 
 from memfactory import Episode, Score, Turn, reward
+from memfactory.modules import WRITERS
 from memfactory.reward import matching
 
 Value = float | Score
 _ENTRY_END = re.compile(r"\n|[.;!?](?:\s|$)")
-WRITES = ("write", "update")
-"""Modules whose turns change the memory."""
 
 
 @reward(missing="drop")
@@ -84,7 +83,7 @@ def within_budget(episode: Episode, *, words: int = 200, tokens: int | None = No
     return _ramp(max(sizes), tokens) if any(sizes) else Score(None, "no tokens of turns that read chunks are recorded")
 
 
-@reward(module=WRITES)
+@reward(module=WRITERS)
 def churn(episode: Episode, turn: Turn) -> float:
     """Stability of one rewrite, |before & after| / |before | after| over word multisets (Jaccard), in [0, 1].
 

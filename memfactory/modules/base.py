@@ -14,6 +14,10 @@ StateT = TypeVar("StateT", contravariant=True)
 ResultT = TypeVar("ResultT", covariant=True)
 
 
+WRITERS = ("write", "update")
+"""Names of the modules whose turns change the memory: what rewards on writing speak about."""
+
+
 class Module(Protocol[StateT, ResultT]):
     """One memory operation."""
 
