@@ -1,4 +1,4 @@
-"""Both banks against a plain model: any sequence of operations, snapshots, restores and forks."""
+"""All banks against a plain model: any sequence of operations, snapshots, restores and forks."""
 
 from __future__ import annotations
 
@@ -25,10 +25,16 @@ ODD = "a'; DROP TABLE changes; --|\x00|\ud800|\ud83d\ude00|שלום|مرحبا|\
 LIMITS = Limits(text=2_000_000)
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", "sqlite", "postgres"])
 def bank(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bank]:
     if request.param == "memory":
         yield EntryBank("anna", limits=LIMITS)
+    elif request.param == "postgres":
+        server, schema = request.getfixturevalue("postgres_server"), request.getfixturevalue("postgres_schema")
+        from memfactory.memory.postgres import PostgresStore
+
+        with PostgresStore(server.dsn, schema=schema, limits=LIMITS) as store:
+            yield store.bank("anna")
     else:
         with SqliteStore(tmp_path / "bank.db", limits=LIMITS) as store:
             yield store.bank("anna")
@@ -38,7 +44,7 @@ def add(text: str, **fields: Any) -> Operation:
     return Operation("ADD", text=text, **fields)
 
 
-def test_both_keep_the_contract(bank: Bank) -> None:
+def test_all_keep_the_contract(bank: Bank) -> None:
     assert isinstance(bank, Bank)
     assert (bank.owner, len(bank), list(bank.entries()), bank.get("e1")) == ("anna", 0, [], None)
 
@@ -303,6 +309,29 @@ def test_sqlite_is_the_model(script: list[Any]) -> None:
         integrity = store.connection().execute("PRAGMA integrity_check").fetchone()
         store.connection().execute("INSERT INTO words (words, rank) VALUES ('integrity-check', 1)")
         assert integrity == ("ok",)
+
+
+def test_postgres_is_the_model(postgres_server: Any, postgres_schema: str) -> None:
+    from memfactory.memory.postgres import PostgresStore
+
+    with PostgresStore(postgres_server.dsn, schema=postgres_schema) as store, store.connection() as connection:
+        others = store.bank("p")
+        others.apply(add("of another owner"))
+
+        @given(steps)
+        @settings(max_examples=30)
+        def run(script: list[Any]) -> None:
+            store.forget("o")
+            bank = store.bank("o")
+            check(bank, script)
+            assert [entry.text for entry in others.entries()] == ["of another owner"]
+            with PostgresStore(postgres_server.dsn, schema=postgres_schema) as again:
+                assert list(again.bank("o").entries()) == list(bank.entries()), "it is all in the database"
+
+        run()
+        store.forget("o")
+        for table in ("owners", "banks", "changes", "present"):
+            assert connection.execute(f"SELECT count(*) FROM {table}").fetchone() == (1,), "nothing is left behind"
 
 
 @pytest.mark.slow
