@@ -64,7 +64,7 @@ def run(spec: Spec, *, bf16: bool = False) -> Result:
         )
         for silent in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(silent)
-        trainer.policy.eos_ids = [-1]  # no such token: every turn has all its tokens
+        trainer.policy.trained.eos_ids = [-1]  # no such token: every turn has all its tokens
         warm_up(model)
         clock = begin(result)
         trainer.train()

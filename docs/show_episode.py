@@ -57,7 +57,7 @@ def main() -> None:
 
     turn = episodes[0].turns[0]
     print("\nRECORDED of the first turn")
-    print(f"  prompt          {policy.tokenizer.decode(turn.prompt_ids)}")
+    print(f"  prompt          {policy.trained.tokenizer.decode(turn.prompt_ids)}")
     print(f"  completion_ids  {turn.completion_ids}  ({turn.stop}: the last id ends the turn)")
     print(f"  logprobs        {[round(value, 4) for value in turn.logprobs]}")
 

@@ -104,6 +104,22 @@ class Retrieved:
 
     id: str
     text: str
+    turn: int | None = None
+    """Index in the episode of the turn that wrote it; None where no turn of this episode did."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A draw of some candidates by a small model that is no language model, e.g. the linear reranker."""
+
+    candidates: tuple[str, ...]
+    """Ids of the entries it chose from."""
+    chosen: tuple[int, ...]
+    """Places in `candidates`, in the order in which they were drawn."""
+    logprob: float
+    """Of this draw, given its noise; nan where nothing was drawn by chance."""
+    features: Any = None
+    """What its learner needs to compute the gradient. Kept in memory for the update, written to no file."""
 
 
 @dataclass(slots=True)
@@ -140,6 +156,8 @@ class Turn:
     """Entries the prompt showed, best first."""
     cited: list[str] = field(default_factory=list)
     """Ids of the entries that the text says it used."""
+    choice: Choice | None = None
+    """The draw behind this turn where no language model made it; such a turn has no tokens and gives no row."""
     scores: dict[str, Score] = field(default_factory=dict)
     """Scores of the dimensions with scope turn or module that speak about this turn."""
     advantage: float = 0.0
@@ -153,6 +171,8 @@ class Answer:
     probe: Probe
     text: str | None
     raw: str = ""
+    turn: int | None = None
+    """Index in the episode of the turn that gave it; None where it is not recorded."""
 
 
 @dataclass(slots=True)
@@ -175,6 +195,8 @@ class Episode:
     reward: float | None = None
     """Aggregated reward; None when it could not be measured, and then it is in no baseline."""
     advantage: float = 0.0
+    snapshots: dict[int, Any] = field(default_factory=dict)
+    """State of the store before each chunk was read, by its index, to run on from there; written to no file."""
 
     @property
     def answer(self) -> Answer | None:

@@ -99,6 +99,44 @@ class EnvironmentSection(BaseModel):
         return dict(self.__pydantic_extra__ or {})
 
 
+class PolicySection(_Section):
+    """A model beside the trained one, for modules that are not trained. Give `model` for weights in this process, or
+    `base_url` for an OpenAI-compatible endpoint."""
+
+    model: str | None = None
+    """Hub id, a local folder or `package:NAME`; of an endpoint, the name it serves the model under."""
+    base_url: str | None = None
+    """The endpoint with its version, e.g. `http://localhost:8000/v1` (vLLM). Absent: in this process."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the weights in this process."""
+    temperature: float = Field(default=0.0, ge=0)
+    """0: greedy, so that what is frozen adds no noise to what is trained."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the endpoint's key; not needed for a local server."""
+    concurrency: int = Field(default=64, ge=1)
+    """Most requests under way at once at an endpoint."""
+    deadline: float = Field(default=120.0, gt=0)
+    """Seconds for one reply of an endpoint, retries included."""
+    attempts: int = Field(default=4, ge=1)
+
+    @model_validator(mode="after")
+    def _named(self) -> PolicySection:
+        if self.model is None:
+            raise ValueError("name the `model`")
+        return self
+
+
+class ModuleSection(_Section):
+    """Who answers for a module of the agent."""
+
+    policy: str = "trained"
+    """`trained`: the policy, and its turns are trained. `current`: the same weights as they are now, not trained.
+    `initial`: the weights as they were before GRPO. Or a name of `policies:`."""
+    temperature: float = Field(default=0.0, ge=0)
+    """Of `current` and `initial`; 0 is greedy."""
+
+
 class RewardSection(_Section):
     """One reward dimension. What is left out is as the function declares it."""
 
@@ -227,6 +265,10 @@ class EvalSection(_Section):
     """Reward dimension whose mean is reported as accuracy."""
 
 
+SAME_WEIGHTS = frozenset({"trained", "current", "initial"})
+"""What `modules.NAME.policy` may say beside a name of `policies:`."""
+
+
 class Recipe(_Section):
     """Everything a run needs, by name."""
 
@@ -236,6 +278,10 @@ class Recipe(_Section):
     """Seeds the model's initial weights, task order, warm-up and sampling."""
     model: ModelSection
     agent: AgentSection = AgentSection()
+    policies: dict[str, PolicySection] = Field(default_factory=dict)
+    """Models beside the trained one, by names of your choice."""
+    modules: dict[str, ModuleSection] = Field(default_factory=dict)
+    """By name of a module of the agent: who answers for it. A module that is not named here is trained."""
     environment: EnvironmentSection
     rewards: list[RewardSection] = Field(min_length=1)
     aggregate: AggregateSection = AggregateSection()
@@ -249,6 +295,15 @@ class Recipe(_Section):
     """Fields of TRL's `GRPOConfig`, under their own names."""
     output_dir: str | None = None
     """Run folder. Absent: `runs/NAME-seedN`."""
+
+    @model_validator(mode="after")
+    def _known_policies(self) -> Recipe:
+        for name in sorted(SAME_WEIGHTS & self.policies.keys()):
+            raise ValueError(f"policies.{name}: the name stands for the trained model; choose another")
+        for module, section in self.modules.items():
+            if section.policy not in (known := [*sorted(SAME_WEIGHTS), *self.policies]):
+                raise ValueError(f"modules.{module}.policy: no '{section.policy}'; {nearest(section.policy, known)}")
+        return self
 
     @property
     def run_dir(self) -> Path:

@@ -19,7 +19,19 @@ from typing import Any, Literal
 
 import yaml
 
-from memfactory.episode import Answer, Episode, Evidence, Operation, Probe, Retrieved, Score, StopReason, Task, Turn
+from memfactory.episode import (
+    Answer,
+    Choice,
+    Episode,
+    Evidence,
+    Operation,
+    Probe,
+    Retrieved,
+    Score,
+    StopReason,
+    Task,
+    Turn,
+)
 from memfactory.errors import DataError, RecipeError, boundary
 from memfactory.recipe import Recipe
 
@@ -228,7 +240,8 @@ def episode_record(episode: Episode, *, tokens: bool = True) -> Record:
         },
         "turns": [_turn_record(turn, tokens=tokens) for turn in episode.turns],
         "answers": [
-            {"probe": asdict(answer.probe), "text": answer.text, "raw": answer.raw} for answer in episode.answers
+            {"probe": asdict(answer.probe), "text": answer.text, "raw": answer.raw, "turn": answer.turn}
+            for answer in episode.answers
         ],
         "memory": episode.memory,
         "scores": _scores_record(episode.scores),
@@ -260,6 +273,7 @@ def _turn_record(turn: Turn, *, tokens: bool) -> Record:
         "operations": [asdict(operation) for operation in turn.operations],
         "retrieved": [asdict(entry) for entry in turn.retrieved],
         "cited": turn.cited,
+        "choice": _choice_record(turn.choice),
         "scores": _scores_record(turn.scores),
         "advantage": _finite(turn.advantage),
         "policy_version": turn.policy_version,
@@ -284,7 +298,7 @@ def episode_from_record(record: Record) -> Episode:
         return Episode(
             task=Task(task["id"], tuple(task["stream"]), tuple(map(_probe, task["probes"])), task["metadata"]),
             turns=[_turn(turn) for turn in record["turns"]],
-            answers=[Answer(_probe(answer["probe"]), answer["text"], answer["raw"]) for answer in record["answers"]],
+            answers=[_answer(answer) for answer in record["answers"]],
             memory=record["memory"],
             id=record["id"],
             group=record["group"],
@@ -292,6 +306,10 @@ def episode_from_record(record: Record) -> Episode:
             reward=record["reward"],
             advantage=_or_nan(record["advantage"]),
         )
+
+
+def _answer(data: Record) -> Answer:
+    return Answer(_probe(data["probe"]), data["text"], data["raw"], data.get("turn"))  # absent in older records
 
 
 def _probe(data: Record) -> Probe:
@@ -319,9 +337,24 @@ def _turn(data: Record) -> Turn:
         operations=[_operation(operation) for operation in data.get("operations", [])],  # absent in older records
         retrieved=[Retrieved(**entry) for entry in data.get("retrieved", [])],
         cited=data.get("cited", []),
+        choice=_choice(data.get("choice")),
         scores=_scores(data.get("scores", {})),
         advantage=_or_nan(data["advantage"]),
     )
+
+
+def _choice_record(choice: Choice | None) -> Record | None:
+    """Without its features: they are vectors for one update, and nothing reads them afterwards."""
+    if choice is None:
+        return None
+    drawn = {"candidates": list(choice.candidates), "chosen": list(choice.chosen)}
+    return drawn | {"logprob": _finite(choice.logprob, digits=6)}
+
+
+def _choice(data: Record | None) -> Choice | None:
+    if data is None:
+        return None
+    return Choice(tuple(data["candidates"]), tuple(data["chosen"]), _or_nan(data["logprob"]))
 
 
 def _operation(data: Record) -> Operation:

@@ -1,8 +1,9 @@
 """Rewards on what was looked up in the memory to answer, and on what the answer says it used.
 
-An entry is relevant if it holds one of the question's evidence texts, as whole words after normalisation. Only turns
-that read no chunk count: turns that write look entries up to edit them. Where there are as many as questions, the
-n-th belongs to the n-th question; otherwise each is compared with the evidence of all questions.
+An entry is relevant if it holds one of the question's evidence texts, as whole words after normalisation. The turn
+that gave the answer counts (`Answer.turn`). Where that is not recorded, turns that read no chunk do: turns that write
+look entries up to edit them. Where there are as many as questions, the n-th belongs to the n-th question; otherwise
+each is compared with the evidence of all questions.
 
 All are None where nothing was retrieved, which an empty memory also brings about: put an answer reward or
 `memory.evidence_recall` beside them.
@@ -66,10 +67,15 @@ def citation(episode: Episode) -> Value:
 
 def _mean(episode: Episode, score: Callable[[Turn, list[str]], float | None]) -> Value:
     """Mean of `score` over the turns that answer and the evidence of their questions."""
-    turns = [turn for turn in episode.turns if turn.chunk is None]
+    pairs = [(answer.turn, answer.probe) for answer in episode.answers]
+    if pairs and all(place is not None for place, _ in pairs):
+        turns = [episode.turns[place] for place, _ in pairs if place is not None]
+        by_probe = [[evidence.text for evidence in probe.evidence] for _, probe in pairs]
+    else:
+        turns = [turn for turn in episode.turns if turn.chunk is None]
+        by_probe = [[evidence.text for evidence in probe.evidence] for probe in episode.task.probes]
     if not any(turn.retrieved for turn in turns):
         return Score(None, "nothing was retrieved to answer")
-    by_probe = [[evidence.text for evidence in probe.evidence] for probe in episode.task.probes]
     if len(turns) != len(by_probe):
         turns = [turn for turn in turns if turn.retrieved]
         by_probe = [[text for texts in by_probe for text in texts]] * len(turns)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
+from memfactory.agents.asking import ask
 from memfactory.episode import Answer, Episode, Task
-from memfactory.errors import DataError, ModelOutputError
+from memfactory.errors import DataError
 from memfactory.memory import TextMemory
 from memfactory.modules import (
     AnswerFormat,
@@ -69,8 +70,17 @@ class MemAgent:
         """The chunks that will be read, in order.
 
         Raises:
-            DataError: the task has no chunk, or more than `max_chunks` under ``on_overflow: error``.
+            DataError: the task has no chunk, more than `max_chunks` under ``on_overflow: error``, or a question that
+                is due before the end.
         """
+        for probe in task.probes:
+            if probe.after is not None and probe.after < len(task.stream):
+                raise DataError(
+                    f"task {task.id}",
+                    f"'{probe.question}' is to be asked after chunk {probe.after} of {len(task.stream)}, and MemAgent "
+                    "answers when it has read everything",
+                    "use an agent over a bank (agent.name: memory_r1), or ask at the end (environment.ask: end)",
+                )
         pieces = list(task.stream)
         if self.chunk_tokens is not None:
             pieces = [piece for text in pieces for piece in policy.split(text, self.chunk_tokens)]
@@ -96,34 +106,32 @@ class MemAgent:
         episode = Episode(task)
         question = "\n".join(probe.question for probe in task.probes)
         for index, chunk in enumerate(self.chunks(task, policy)):
-            state = WriteState(question, chunk, memory.text)
-            turn = await policy.generate(
-                self.writer.render(state), module=self.writer.name, max_tokens=self.max_memory_tokens
+            turn, text = await ask(
+                policy,
+                self.writer,
+                WriteState(question, chunk, memory.text),
+                max_tokens=self.max_memory_tokens,
+                chunk=index,
+                prefix_key=f"{task.id}/write/{index}",
             )
-            turn.chunk, turn.prefix_key, turn.memory_before = index, f"{task.id}/write/{index}", memory.text
-            try:
-                memory.write(self.writer.parse(turn.text), turn=len(episode.turns))
-            except ModelOutputError as error:  # the memory stays as it was
-                turn.error = str(error)
+            turn.memory_before = memory.text
+            if text is not None:  # otherwise the memory stays as it was
+                memory.write(text, turn=len(episode.turns))
             turn.memory_after = memory.text
             episode.turns.append(turn)
 
         if self.wipe_memory:
             memory.write("", turn=len(episode.turns) - 1)
         for number, probe in enumerate(task.probes):
-            turn = await policy.generate(
-                self.answerer.render(AnswerState(probe.question, memory.text)),
-                module=self.answerer.name,
+            turn, answer = await ask(
+                policy,
+                self.answerer,
+                AnswerState(probe.question, memory.text),
                 max_tokens=self.max_answer_tokens,
+                prefix_key=f"{task.id}/answer/{number}",
             )
-            turn.prefix_key = f"{task.id}/answer/{number}"
             turn.memory_before = turn.memory_after = memory.text
-            answer = Answer(probe, None, turn.text)
-            try:
-                answer.text = self.answerer.parse(turn.text)
-            except ModelOutputError as error:
-                turn.error = str(error)
+            episode.answers.append(Answer(probe, answer, turn.text, len(episode.turns)))
             episode.turns.append(turn)
-            episode.answers.append(answer)
         episode.memory = memory.text
         return episode

@@ -13,6 +13,7 @@ from memfactory.agents.running import run_episodes
 from memfactory.episode import Episode, Task
 from memfactory.evaluate.retention import capture_and_retention
 from memfactory.policy.base import Sampling
+from memfactory.policy.routing import RoutedPolicy
 from memfactory.policy.transformers_backend import TransformersPolicy
 from memfactory.reward.faults import Faults
 from memfactory.reward.measure import Measuring
@@ -59,7 +60,7 @@ class EvalResult:
 def evaluate_agent(
     agent: Agent,
     tasks: Sequence[Task],
-    policy: TransformersPolicy,
+    policy: TransformersPolicy | RoutedPolicy,
     options: EvalOptions,
     progress: Progress | None = None,
 ) -> EvalResult:
@@ -68,15 +69,12 @@ def evaluate_agent(
     The policy's sampling and random state are as before when this returns, so evaluating in the middle
     of a training run changes nothing in it.
     """
-    before = policy.sampling, policy.generator.get_state()
     kinds = [("sampled", "eval", Sampling(options.temperature, options.top_p), options.samples)]
     if options.greedy:
         kinds.append(("greedy", "eval_greedy", Sampling(0.0), 1))
     result = EvalResult({"n": float(len(tasks))})
-    try:
-        for kind, split, sampling, samples in kinds:
-            policy.sampling = sampling
-            policy.generator.manual_seed(options.seed)
+    for kind, split, sampling, samples in kinds:
+        with policy.drawing(sampling, options.seed):
             runs = [task for task in tasks for _ in range(samples)]
             bar = progress.add_task(f"evaluate ({kind})", total=len(runs)) if progress is not None else None
             episodes: list[Episode] = []
@@ -102,9 +100,6 @@ def evaluate_agent(
             judge = options.rewards.judge.metrics() if options.rewards.judge is not None else {}
             if judge.get("asked"):
                 result.metrics |= {f"{kind}_judge/{name}": value for name, value in judge.items()}
-    finally:
-        policy.sampling = before[0]
-        policy.generator.set_state(before[1])
     return result
 
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from typing import Protocol, TypeVar
 
+import jinja2
+
 from memfactory.episode import Message
 
 StateT = TypeVar("StateT", contravariant=True)
 ResultT = TypeVar("ResultT", covariant=True)
+OwnT = TypeVar("OwnT")
 
 
 WRITERS = ("write", "update")
@@ -19,10 +22,12 @@ WRITERS = ("write", "update")
 
 
 class Module(Protocol[StateT, ResultT]):
-    """One memory operation."""
+    """One memory operation that a language model carries out."""
 
-    name: str
-    """Name on the turns it makes, and in recipes."""
+    @property
+    def name(self) -> str:
+        """Name on the turns it makes, and in recipes."""
+        ...
 
     def render(self, state: StateT) -> list[Message]:
         """The prompt for `state`."""
@@ -35,3 +40,38 @@ class Module(Protocol[StateT, ResultT]):
             ModelOutputError: the text cannot be used. The agent records it on the turn and goes on.
         """
         ...
+
+
+class Teachable(Module[StateT, OwnT], Protocol):
+    """A module whose syntax can also be written, so that a teacher needs to know only what is right."""
+
+    def write(self, result: OwnT) -> str:
+        """A text that `parse` reads as `result`."""
+        ...
+
+
+class Rule(Protocol[StateT, ResultT]):
+    """One memory operation without a model: no turn, no tokens, nothing to train."""
+
+    @property
+    def name(self) -> str: ...
+
+    def apply(self, state: StateT) -> ResultT: ...
+
+
+# Values are inserted as data: text written by a model cannot become template code.
+JINJA = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=False)
+
+
+def user_message(template: str, **values: object) -> list[Message]:
+    """One user message: the Jinja `template` with `values` put in as data."""
+    return [{"role": "user", "content": _compiled(template).render(values)}]
+
+
+_TEMPLATES: dict[str, jinja2.Template] = {}
+
+
+def _compiled(template: str) -> jinja2.Template:
+    if template not in _TEMPLATES:
+        _TEMPLATES[template] = JINJA.from_string(template)
+    return _TEMPLATES[template]

@@ -15,6 +15,7 @@ from functools import cached_property
 import jinja2
 
 from memfactory.errors import RecipeError
+from memfactory.modules.base import JINJA
 
 
 class PromptOrder(StrEnum):
@@ -22,10 +23,6 @@ class PromptOrder(StrEnum):
 
     PAPER = "paper"
     SHARED = "shared"
-
-
-# Values are inserted as data: text written by a model cannot become template code.
-_JINJA = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=False)
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class PromptSet:
 
     @cached_property
     def _compiled(self) -> dict[str, jinja2.Template]:
-        return {"write": _JINJA.from_string(self.write), "answer": _JINJA.from_string(self.answer)}
+        return {"write": JINJA.from_string(self.write), "answer": JINJA.from_string(self.answer)}
 
     def render_write(self, *, question: str, memory: str, chunk: str) -> str:
         return self._compiled["write"].render(question=question, memory=memory or self.empty_memory, chunk=chunk)

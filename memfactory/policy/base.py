@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from memfactory.episode import Message, Turn
 
@@ -24,6 +24,11 @@ class Sampling:
 class Policy(Protocol):
     """A model behind a queue. Any number of `generate` calls may wait at the same time."""
 
+    @property
+    def greedy(self) -> bool:
+        """Whether decisions are the most likely ones: what else draws in an agent (a reranker) then does the same."""
+        ...
+
     async def generate(self, messages: list[Message], *, module: str, max_tokens: int) -> Turn:
         """Sample one turn.
 
@@ -39,4 +44,13 @@ class Policy(Protocol):
 
     def split(self, text: str, max_tokens: int) -> list[str]:
         """Cut `text` into pieces of at most `max_tokens` of the policy's tokens, nothing lost."""
+        ...
+
+
+@runtime_checkable
+class Demonstrator(Protocol):
+    """A policy that is told what a module is asked, instead of reading its prompt: a teacher."""
+
+    async def demonstrate(self, module: Any, state: Any) -> Turn:
+        """The turn that shows how `module` should decide in `state`."""
         ...

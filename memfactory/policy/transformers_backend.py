@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -55,6 +55,7 @@ class TransformersPolicy:
         version: int = 0,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
         template_options: dict[str, Any] | None = None,
+        around: Callable[[], AbstractContextManager[object]] | None = None,
     ) -> None:
         """
         Args:
@@ -67,6 +68,8 @@ class TransformersPolicy:
             version: optimizer steps behind the weights, recorded on every turn.
             autocast: context in which the model runs, e.g. bfloat16 autocast.
             template_options: extra variables of the chat template.
+            around: context entered for every forward pass and left before other policies on the same model may
+                run, e.g. one in which its adapter is off.
         """
         self.model = model
         self.tokenizer = tokenizer
@@ -76,6 +79,7 @@ class TransformersPolicy:
         self.version = version
         self.autocast = autocast
         self.template_options = template_options or {}
+        self.around = around
         self.generator = torch.Generator(device=model.device).manual_seed(seed)
         self.seconds = 0.0
         """Time spent in the model, decoding included."""
@@ -119,6 +123,26 @@ class TransformersPolicy:
             messages=messages,
             policy_version=self.version,
         )
+
+    @property
+    def greedy(self) -> bool:
+        return self.sampling.temperature == 0
+
+    @contextmanager
+    def drawing(self, sampling: Sampling, seed: int) -> Iterator[None]:
+        """Draw by `sampling` from `seed` on; afterwards everything is as it was."""
+        before = self.sampling, self.generator.get_state()
+        self.sampling = sampling
+        self.seed(seed)
+        try:
+            yield
+        finally:
+            self.sampling = before[0]
+            self.generator.set_state(before[1])
+
+    def seed(self, seed: int) -> None:
+        """Begin the draws anew from `seed`."""
+        self.generator.manual_seed(seed)
 
     def split(self, text: str, max_tokens: int) -> list[str]:
         """See :meth:`memfactory.policy.base.Policy.split`. Pieces joined give `text` back."""
@@ -185,7 +209,8 @@ class TransformersPolicy:
         with self.autocast():
             while True:
                 begin = time.perf_counter()
-                finished = next(steps, None)
+                with self.around() if self.around is not None else nullcontext():
+                    finished = next(steps, None)
                 self.seconds += time.perf_counter() - begin
                 if finished is None:
                     return

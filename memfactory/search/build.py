@@ -93,7 +93,7 @@ def build_searcher(
         RecipeError: `options` are wrong.
         EngineError: the embedder could not be loaded.
     """
-    options = _checked(options or {})
+    options = check_search(options or {})
     if options.name == "bm25":
         return _bm25(options, owner)
     named = options.embedder
@@ -134,7 +134,12 @@ def _bm25(options: SearchOptions, owner: str) -> BM25Searcher:
     )
 
 
-def _checked(options: SearchOptions | Mapping[str, Any]) -> SearchOptions:
+def check_search(options: SearchOptions | Mapping[str, Any]) -> SearchOptions:
+    """`options` as a recipe gives them, checked.
+
+    Raises:
+        RecipeErrors: everything that is wrong with them.
+    """
     if isinstance(options, SearchOptions):
         return options
     try:

@@ -100,14 +100,8 @@ def check_train(section: dict[str, Any]) -> list[MemFactoryError]:
             )
         )
     generations = section.get("num_generations", 8)
-    if isinstance(generations, int) and generations < 2:
-        errors.append(
-            RecipeError(
-                f"train.num_generations: {generations}",
-                "GRPO compares the episodes of one task with each other, and a group of one has nothing to compare",
-                "use at least 2 (papers use 8 or 16)",
-            )
-        )
+    if isinstance(generations, int) and generations < 1:
+        errors.append(RecipeError(f"train.num_generations: {generations}", "", "use at least 2 (papers use 8 or 16)"))
     return errors
 
 
@@ -126,16 +120,22 @@ def build_config(
         RecipeError: TRL or transformers reject the combination of values; their words are passed on.
     """
     values = _DEFAULTS | {"use_cpu": not _has_accelerator()} | section
+    alone = values.get("num_generations") == 1
+    if alone:  # TRL insists on two; who trains without groups (RMM's REINFORCE) gets one, see below
+        values["num_generations"] = values.setdefault("per_device_train_batch_size", 8)
     if values.get("eval_strategy", "no") != "no":
         values.setdefault("per_device_eval_batch_size", values.get("num_generations", 8))
     try:
-        return GRPOConfig(
+        config = GRPOConfig(
             output_dir=str(checkpoints),
             seed=seed,
             max_completion_length=max_completion_length,
             **values,
             **extra,
         )
+        if alone:
+            config.num_generations = 1
+        return config
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError("train: TRL rejects these values", str(error)) from error
 

@@ -13,10 +13,11 @@ from trl import GRPOConfig
 
 from memfactory.evaluate.report import write_report
 from memfactory.evaluate.run import evaluate_agent
-from memfactory.policy.models import load_tokenizer, lora_config
+from memfactory.policy.models import load_checkpoint, load_tokenizer, lora_config
 from memfactory.runs import RunFolder
 from memfactory.train.callbacks import RunLog, StopOnInterrupt, describe, progress_bar
 from memfactory.train.config import build_config
+from memfactory.train.policies import needs_initial, route
 from memfactory.train.prepare import Prepared, check_documents
 from memfactory.train.start import save_whole, starting_model
 from memfactory.train.summary import Clock, facts, peak_memory
@@ -91,6 +92,7 @@ def train(prepared: Prepared, *, resume: bool = False, console: Console | None =
         trainer.save_model(str(run.path / "model"))
         if ranks.is_main_process:
             tokenizer.save_pretrained(run.path / "model")
+            trainer.learners.save(run.path / "model")
     summary |= clock.read() | {
         "after": after,
         "steps": step,
@@ -119,12 +121,12 @@ def _trainer(
     callbacks: list[Any],
 ) -> EpisodeGRPOTrainer:
     recipe = prepared.recipe
-    if config.beta != 0 and recipe.model.lora is None:
-        # TRL loads the reference model by name; the name of our starting point is its folder
-        initial, ranks = run.path / "initial", PartialState()
+    initial, ranks = run.path / "initial", PartialState()
+    if (config.beta != 0 or needs_initial(recipe)) and recipe.model.lora is None:
         if ranks.is_main_process and not initial.is_dir():
             save_whole(model, tokenizer, initial)
         ranks.wait_for_everyone()
+        # TRL loads the reference model by name; the name of our starting point is its folder
         model.config._name_or_path = str(initial)
     trainer = EpisodeGRPOTrainer(
         Parts(
@@ -135,6 +137,7 @@ def _trainer(
             rollout=recipe.rollout,
             eval=prepared.eval_options,
             run=run,
+            route=lambda trained: route(recipe, trained, lambda: load_checkpoint(initial, recipe.model)),
         ),
         model,
         config,
@@ -149,7 +152,7 @@ def _trainer(
 
 def _evaluate(prepared: Prepared, trainer: EpisodeGRPOTrainer, run: RunFolder, console: Console) -> dict[str, float]:
     with progress_bar(console) as progress, trainer._sampling_model() as plain:
-        trainer.policy.model = plain
+        trainer.policy.use(plain)
         result = evaluate_agent(prepared.agent, prepared.eval_tasks, trainer.policy, prepared.eval_options, progress)
     if trainer.accelerator.is_main_process:
         result.log(run, trainer.state.global_step)

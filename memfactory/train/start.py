@@ -12,9 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memfactory.errors import EngineError
 from memfactory.policy.models import eos_ids, load_checkpoint, load_model, load_tokenizer
+from memfactory.policy.routing import RoutedPolicy
 from memfactory.policy.transformers_backend import TransformersPolicy
 from memfactory.runs import RunFolder
 from memfactory.train.callbacks import progress_bar
+from memfactory.train.learners import Learners
+from memfactory.train.policies import route
 from memfactory.train.prepare import Prepared
 from memfactory.train.warmup import warm_up
 
@@ -81,8 +84,10 @@ def _adapter_base(prepared: Prepared, checkpoint: Path, tokenizer: PreTrainedTok
     return load_model(prepared.recipe.model, tokenizer, prepared.recipe.seed)
 
 
-def load_policy(prepared: Prepared, checkpoint: Path | None) -> TransformersPolicy:
+def load_policy(prepared: Prepared, checkpoint: Path | None) -> RoutedPolicy:
     """A policy for evaluation: the model saved at `checkpoint`, or the recipe's own starting point.
+
+    Models of `policies:` stand beside it, and what learns in the agent beside the policy is as it was saved.
 
     Raises:
         EngineError: there is no checkpoint at that path.
@@ -99,6 +104,22 @@ def load_policy(prepared: Prepared, checkpoint: Path | None) -> TransformersPoli
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     model.to(device or torch.device("cpu")).eval()
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return TransformersPolicy(
+    policy = TransformersPolicy(
         model, tokenizer, eos_ids=eos_ids(base, tokenizer), token_budget=recipe.rollout.generate_token_budget
     )
+    if checkpoint is not None:
+        Learners(prepared.agent).load(checkpoint)
+
+    def initial() -> PreTrainedModel:
+        for folder in (checkpoint.parent, checkpoint.parent.parent) if checkpoint is not None else ():
+            if (folder / "initial" / "config.json").is_file():
+                return load_checkpoint(folder / "initial", recipe.model)
+        if checkpoint is not None and recipe.warmup is not None:
+            raise EngineError(
+                f"{checkpoint}: the weights before training are missing",
+                "a module of this recipe answers with them, and they lie in `initial` in the run folder",
+                "name the checkpoint inside its run folder",
+            )
+        return load_model(recipe.model, tokenizer, recipe.seed)
+
+    return route(recipe, policy, initial)

@@ -25,7 +25,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,12 +48,14 @@ from memfactory.errors import EngineError
 from memfactory.evaluate.run import EvalOptions, evaluate_agent
 from memfactory.policy.base import Sampling
 from memfactory.policy.models import eos_ids
+from memfactory.policy.routing import RoutedPolicy
 from memfactory.policy.transformers_backend import TransformersPolicy
 from memfactory.recipe import RolloutSection
 from memfactory.reward.advantage import GroupState
 from memfactory.reward.measure import Measuring
 from memfactory.reward.system import Assessment, RewardSystem
 from memfactory.runs import RunFolder
+from memfactory.train.learners import Learners
 from memfactory.train.rows import Row, build_rows, collate, cut, deal, loss_weights
 from memfactory.train.scoring import CompletionScorer
 
@@ -88,6 +90,8 @@ class Parts:
     rollout: RolloutSection = field(default_factory=RolloutSection)
     run: RunFolder | None = None
     """Where episodes are logged; None logs none."""
+    route: Callable[[TransformersPolicy], RoutedPolicy] = RoutedPolicy
+    """Puts other models beside the trained one, for modules that are not trained. Default: there are none."""
 
 
 def _never_called(completions: list[Any], **columns: Any) -> list[float | None]:
@@ -131,7 +135,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         base = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
         self._scorer = CompletionScorer(base)
         self._ref_scorer = CompletionScorer(self.ref_model) if self.ref_model is not None else None
-        self.policy = TransformersPolicy(
+        trained = TransformersPolicy(
             plain,
             self.processing_class,
             sampling=Sampling(
@@ -142,6 +146,8 @@ class EpisodeGRPOTrainer(GRPOTrainer):
             autocast=self.accelerator.autocast,
             template_options=cast(dict[str, Any], args.chat_template_kwargs or {}),
         )
+        self.policy = parts.route(trained)
+        self.learners = Learners(parts.agent)
         self._buffer: list[list[MicroBatch]] = []
         """Micro-batches of each training step of the current generation batch."""
         self._passes = 1
@@ -252,9 +258,10 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         rank = self.accelerator.process_index
         start = time.perf_counter()
         with self._sampling_model() as sampling_model:
-            self.policy.model = sampling_model
-            self.policy.version = self.state.global_step
-            self.policy.generator.manual_seed(_seed(self.args.seed, self.state.global_step, self._step, rank))
+            self.policy.use(sampling_model, self.state.global_step)
+            seed = _seed(self.args.seed, self.state.global_step, self._step, rank)
+            self.policy.seed(seed)
+            self.learners.seed(seed)
             measuring = self.parts.rewards.begin()
             episodes = run_episodes(self.parts.agent, tasks, self.policy, measuring.submit)
         model.train()
@@ -265,9 +272,18 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         assessment = self._assess(episodes, measuring)
         self._seconds["reward"] += time.perf_counter() - start
 
+        for name, value in self._learn(episodes).items():
+            self._metrics["train"][name].append(value)
         buffer = self._micro_batches(episodes)
         self._log_rollout(episodes, assessment)
         return buffer
+
+    def _learn(self, episodes: Sequence[Episode]) -> dict[str, float]:
+        """Let what learns beside the policy learn from the episodes of all ranks, everywhere the same."""
+        if not self.learners:
+            return {}
+        gather = gather_object if self.accelerator.num_processes > 1 else None
+        return self.learners.learn(episodes, gather)
 
     def _assess(self, episodes: list[Episode], measuring: Measuring) -> Assessment:
         """Scores, rewards, advantages and credit of this rank's episodes, compared over whole groups."""
@@ -436,7 +452,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         began = time.perf_counter()
         was_training = self.model.training
         with self._sampling_model() as plain:
-            self.policy.model = plain
+            self.policy.use(plain)
             options = self.parts.eval or EvalOptions(self.parts.rewards)
             result = evaluate_agent(self.parts.agent, self.parts.eval_tasks, self.policy, options)
         self.model.train(was_training)
@@ -453,11 +469,14 @@ class EpisodeGRPOTrainer(GRPOTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         state: dict[str, Any] = {"step": self._step, "buffer": [], "rewards": self.parts.rewards.state_dict()}
+        state["learners"] = self.learners.state_dict()
         if self._step % (self.args.steps_per_generation * self.num_iterations) != 0:
             state["buffer"] = self._buffer  # updates are still to be made on these episodes
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(state, folder / f"{self.accelerator.process_index}_{_BUFFER_FILE}")
+        if self.accelerator.is_main_process:
+            self.learners.save(folder)
         self.accelerator.wait_for_everyone()
         # The trainer writes `trainer_state.json` last, and that file is what makes a checkpoint complete: whatever
         # belongs to it must be there before, or a run killed in between could not be resumed.
@@ -474,6 +493,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
             state = torch.load(path, map_location=self.args.device, weights_only=True)
         self._step, self._buffer = state["step"], state["buffer"]
         self.parts.rewards.load_state_dict(state["rewards"])
+        self.learners.load_state_dict(state["learners"])
 
 
 def _windows(rows: list[Row], episodes: int, count: int, seed: int) -> list[list[Row]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -24,30 +24,60 @@ from memfactory.errors import RecipeError
 from memfactory.recipe import WarmupSection
 from memfactory.train.rows import Row, build_rows
 
+Demonstration = Callable[[str, Any], Any]
+"""(name of a module, the state it is asked about) -> the result that is right, or that a poor teacher would give."""
+
 
 class TeachingEnvironment(Environment, Protocol):
     """An environment that can show how its tasks are done."""
 
-    def teacher(self, task: Task, seed: int) -> Iterator[str]:
-        """What a teacher writes on `task`, turn by turn."""
+    def teacher(self, task: Task, seed: int) -> Iterator[str] | Demonstration:
+        """How a teacher does `task`: its texts, turn by turn; or its decisions, which modules then put into words
+        (:class:`memfactory.modules.base.Teachable`)."""
         ...
 
 
 class _TeacherPolicy:
-    """A policy whose words come from a script. Its tokens are made from text: the one place where they are."""
+    """A policy that does as a teacher does. Its tokens are made from text: the one place where they are."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, script: Iterator[str]) -> None:
+    greedy = False
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, teacher: Iterator[str] | Demonstration) -> None:
         self.tokenizer = tokenizer
-        self.script = script
+        self.teacher = teacher
+
+    async def demonstrate(self, module: Any, state: Any) -> Turn:
+        if isinstance(self.teacher, Iterator):
+            return self._turn(module.render(state), module.name, self._next(self.teacher, module.name))
+        if not hasattr(module, "write"):
+            raise RecipeError(
+                f"warmup: module '{module.name}' cannot be taught",
+                f"{type(module).__name__} has no method `write(result) -> str`, the inverse of `parse`",
+                "give it one",
+            )
+        return self._turn(module.render(state), module.name, module.write(self.teacher(module.name, state)))
 
     async def generate(self, messages: list[Message], *, module: str, max_tokens: int) -> Turn:
-        text = next(self.script, None)
+        if not isinstance(self.teacher, Iterator):
+            raise RecipeError(
+                f"warmup: module '{module}' cannot be taught",
+                "the agent asks the policy itself, so a teacher does not learn about which state",
+                "ask through `memfactory.agents.ask`",
+            )
+        return self._turn(messages, module, self._next(self.teacher, module))
+
+    @staticmethod
+    def _next(script: Iterator[str], module: str) -> str:
+        text = next(script, None)
         if text is None:
             raise RecipeError(
                 "warmup: the environment's teacher does not fit the agent",
                 f"it wrote nothing for the turn of module '{module}'",
                 "a teacher yields one text for every turn the agent takes, in their order",
             )
+        return text
+
+    def _turn(self, messages: list[Message], module: str, text: str) -> Turn:
         prompt_ids = cast(
             list[int], self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         )

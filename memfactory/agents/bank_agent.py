@@ -1,0 +1,302 @@
+"""An agent over a bank of entries, put together from modules: extract, update, retrieve, rerank, answer.
+
+    for each chunk      extract its facts -> find related entries -> update the bank
+    for each question   retrieve entries -> rerank them (or not) -> answer
+
+Memory-R1 and RMM are this agent with other modules (:mod:`memfactory.agents.presets`); a recipe can put any of them
+together, and classes of its own beside them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, TypeVar
+
+from memfactory.agents.asking import ask
+from memfactory.episode import Answer, Episode, Operation, Probe, Retrieved, Task, Turn
+from memfactory.errors import DataError, MemFactoryError, RecipeErrors, attempt
+from memfactory.memory.bank import EntryBank
+from memfactory.memory.entries import Bank, Entry, Verb
+from memfactory.modules.entry_answer import EntriesState, Reply
+from memfactory.modules.facts import Fact, ReadState
+from memfactory.modules.kinds import build_module
+from memfactory.modules.rerank import ChooseState
+from memfactory.modules.retrieve import Retrieval, Retriever
+from memfactory.modules.updates import UpdateState
+from memfactory.policy.base import Policy
+
+Options = Mapping[str, Any]
+"""``kind`` of a module and the fields of its class, see :mod:`memfactory.modules.kinds`."""
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True)
+class BankAgent:
+    """See the module's docstring. One object runs any number of episodes; each has a bank of its own.
+
+    Extraction does not look at the bank, so that of all chunks is asked at once; updates follow each other, because
+    each sees what the one before left; questions due at the same time are asked at once.
+
+    A task with ``metadata["memory"]``, a list of ``{"id", "text"}`` and perhaps `key`, `tags`, `time`, begins with
+    those entries.
+    """
+
+    extract: Options = field(default_factory=lambda: {"kind": "facts"})
+    update: Options = field(default_factory=lambda: {"kind": "crud"})
+    retrieve: Options = field(default_factory=lambda: {"kind": "search"})
+    rerank: Options | None = None
+    """None: the answer sees what was retrieved."""
+    answer: Options = field(default_factory=lambda: {"kind": "distill"})
+    max_extract_tokens: int = 1024
+    """Token limit of an extraction turn."""
+    max_update_tokens: int = 1024
+    max_rerank_tokens: int = 64
+    max_answer_tokens: int = 512
+    record_memory: bool = True
+    """Keep the whole bank as text on every turn that changes it: what reports show and rewards on memory read. Its
+    size times the number of updates; turn it off for banks of thousands of entries."""
+
+    def __post_init__(self) -> None:
+        errors: list[MemFactoryError] = []
+        for name in ("extractor", "updater", "retriever", "reranker", "answerer"):
+            attempt(lambda name=name: getattr(self, name), errors)  # type: ignore[misc]
+        if errors:
+            raise RecipeErrors("agent", errors)
+
+    @cached_property
+    def extractor(self) -> Any:
+        return build_module("extract", self.extract)
+
+    @cached_property
+    def updater(self) -> Any:
+        return build_module("update", self.update)
+
+    @cached_property
+    def retriever(self) -> Retriever:
+        built: Retriever = build_module("retrieve", self.retrieve)
+        return built
+
+    @cached_property
+    def reranker(self) -> Any:
+        return build_module("rerank", self.rerank) if self.rerank is not None else None
+
+    @cached_property
+    def answerer(self) -> Any:
+        return build_module("answer", self.answer)
+
+    @property
+    def modules(self) -> list[Any]:
+        """Its modules in the order in which they are asked."""
+        parts = [self.extractor, self.updater, self.retriever, self.reranker, self.answerer]
+        return [part for part in parts if part is not None]
+
+    def chunks(self, task: Task, policy: Policy) -> list[str]:
+        """What will be read: the chunks as the environment cut them.
+
+        Raises:
+            DataError: the task has nothing to read and no memory to begin with.
+        """
+        if not task.stream and not task.metadata.get("memory"):
+            raise DataError(f"task {task.id}", "it has nothing to read and no memory", "remove the row")
+        return list(task.stream)
+
+    async def run(self, task: Task, policy: Policy, store: Bank | None = None) -> Episode:
+        bank = store if store is not None else EntryBank(task.id)
+        run = _Run(self, task, policy, bank)
+        return await run.everything()
+
+
+class _Run:
+    """One episode under way."""
+
+    def __init__(self, agent: BankAgent, task: Task, policy: Policy, bank: Bank) -> None:
+        self.agent, self.task, self.policy, self.bank = agent, task, policy, bank
+        self.episode = Episode(task)
+        for entry in task.metadata.get("memory", ()) if not len(bank) else ():
+            bank.apply(_given(entry))
+        self.retrieval: Retrieval = agent.retriever.open(bank)
+        self.sessions: Sequence[Mapping[str, Any]] = task.metadata.get("sessions", ())
+
+    async def everything(self) -> Episode:
+        task, episode = self.task, self.episode
+        readings = await asyncio.gather(*(self.read(index) for index in range(len(task.stream))))
+        await self.ask_due(0)
+        for index, (turns, facts) in enumerate(readings):
+            episode.snapshots[index] = self.bank.snapshot()
+            for turn in turns:
+                turn.memory_before = turn.memory_after = self.memory()
+            episode.turns += turns
+            await self.learn(index, facts)
+            await self.ask_due(index + 1)
+        episode.memory = text_of(self.bank)
+        return episode
+
+    def memory(self) -> str:
+        return text_of(self.bank) if self.agent.record_memory else ""
+
+    # ---- reading -----------------------------------------------------------------------------
+
+    async def read(self, index: int) -> tuple[list[Turn], list[Fact]]:
+        """The facts of a chunk, and the turns that found them."""
+        extractor, session = self.agent.extractor, self.session(index)
+        state = ReadState(
+            self.task.stream[index],
+            str(session.get("when", "")),
+            str(session.get("time", "")),
+            tuple(session.get("speakers", ())),
+        )
+        if hasattr(extractor, "apply"):
+            return [], list(extractor.apply(state))
+        states = [replace(state, speaker=who) for who in state.speakers] if extractor.per_speaker else []
+        asked = [
+            ask(
+                self.policy,
+                extractor,
+                one,
+                max_tokens=self.agent.max_extract_tokens,
+                chunk=index,
+                prefix_key=f"{self.task.id}/extract/{index}",
+            )
+            for one in states or [state]
+        ]
+        turns, facts = [], list[Fact]()
+        for one, (turn, found) in zip(states or [state], await asyncio.gather(*asked), strict=True):
+            turns.append(turn)
+            facts += [
+                replace(fact, time=fact.time or state.time, speaker=fact.speaker or one.speaker)
+                for fact in found or ()
+            ]
+        return turns, facts
+
+    def session(self, index: int) -> Mapping[str, Any]:
+        return self.sessions[index] if index < len(self.sessions) else {}
+
+    # ---- updating ----------------------------------------------------------------------------
+
+    async def learn(self, index: int, facts: Sequence[Fact]) -> None:
+        """Bring the bank up to date with the facts of a chunk."""
+        updater = self.agent.updater
+        batches = [[fact] for fact in facts] if updater.per_fact else [list(facts)] if facts else []
+        for number, batch in enumerate(batches):
+            state = UpdateState(tuple(batch), self.retrieval.related([fact.text for fact in batch]))
+            if hasattr(updater, "apply"):
+                self.change(updater.apply(state), turn=None)
+                continue
+            turn, operations = await ask(
+                self.policy,
+                updater,
+                state,
+                max_tokens=self.agent.max_update_tokens,
+                chunk=index,
+                prefix_key=f"{self.task.id}/update/{index}/{number}",
+            )
+            turn.memory_before = self.memory()
+            turn.retrieved = [_shown(entry) for entry in state.related]
+            completed = [_completed(operation, batch) for operation in operations or ()]
+            turn.operations = self.change(completed, turn=len(self.episode.turns))
+            turn.memory_after = self.memory()
+            self.episode.turns.append(turn)
+
+    def change(self, operations: Sequence[Operation], turn: int | None) -> list[Operation]:
+        """Carry out `operations`; those that cannot be come back with their reason."""
+        done = [self.bank.apply(operation, turn=turn) for operation in operations]
+        changed = [one.target for one in done if not one.error and one.verb != Verb.NONE.value]
+        self.retrieval.follow(list(dict.fromkeys(changed)))
+        return done
+
+    # ---- answering ---------------------------------------------------------------------------
+
+    async def ask_due(self, read: int) -> None:
+        """Ask the questions that are due when `read` chunks have been read."""
+        last = len(self.task.stream)
+        due = [
+            (number, probe)
+            for number, probe in enumerate(self.task.probes)
+            if min(probe.after if probe.after is not None else last, last) == read
+        ]
+        asked = await asyncio.gather(*(self.reply(number, probe) for number, probe in due))
+        for turns, answer in asked:
+            answer.turn = len(self.episode.turns) + len(turns) - 1
+            self.episode.turns += turns
+            self.episode.answers.append(answer)
+
+    async def reply(self, number: int, probe: Probe) -> tuple[list[Turn], Answer]:
+        agent, task, question = self.agent, self.task, probe.question
+        speakers = list(dict.fromkeys(who for session in self.sessions for who in session.get("speakers", ())))
+        entries = self.retrieval.answering(question, speakers, seed=task.id)
+        turns = []
+        if agent.reranker is not None:
+            turn, entries = await self.rerank(number, question, entries)
+            turns.append(turn)
+        when = str(task.metadata.get("asked_on", ""))
+        turn, reply = await ask(
+            self.policy,
+            agent.answerer,
+            EntriesState(question, entries, when),
+            max_tokens=agent.max_answer_tokens,
+            prefix_key=f"{task.id}/answer/{number}",
+        )
+        turn.retrieved = [_shown(entry) for entry in entries]
+        turns.append(turn)
+        for one in turns:
+            one.memory_before = one.memory_after = self.memory()
+        found: Reply | None = reply
+        turn.cited = list(found.cited) if found is not None else []
+        return turns, Answer(probe, found.text if found is not None else None, turn.text)
+
+    async def rerank(self, number: int, question: str, entries: tuple[Entry, ...]) -> tuple[Turn, tuple[Entry, ...]]:
+        """The entries that the reranker keeps, best first; where it names none that was there, the first ones."""
+        reranker = self.agent.reranker
+        by_id = {entry.id: entry for entry in entries}
+        if hasattr(reranker, "choose"):
+            turn = reranker.choose(question, entries, greedy=self.policy.greedy)
+            turn.prefix_key = f"{self.task.id}/rerank/{number}"
+            ids: list[str] | None = [turn.choice.candidates[place] for place in turn.choice.chosen]
+        else:
+            turn, ids = await ask(
+                self.policy,
+                reranker,
+                ChooseState(question, entries, reranker.m),
+                max_tokens=self.agent.max_rerank_tokens,
+                prefix_key=f"{self.task.id}/rerank/{number}",
+            )
+        kept = tuple(by_id[id] for id in ids or () if id in by_id)
+        if ids is not None and not kept and entries:
+            turn.error = "it named no entry that it was shown"
+        chosen = kept or entries[: reranker.m]
+        turn.retrieved = [_shown(entry) for entry in chosen]
+        return turn, chosen
+
+
+def text_of(bank: Bank) -> str:
+    """A bank as text, an entry on each line: ``e3: anna lives in paris``."""
+    return "\n".join(f"{entry.id}: {entry.text}" for entry in bank.entries())
+
+
+def _given(entry: Mapping[str, Any]) -> Operation:
+    """An entry of ``metadata["memory"]`` as the ADD that brings it in."""
+    texts = {name: str(entry.get(name) or "") for name in ("text", "key", "time")}
+    return Operation(Verb.ADD.value, "", texts["text"], texts["key"], tuple(entry.get("tags") or ()), texts["time"])
+
+
+def _completed(operation: Operation, facts: Sequence[Fact]) -> Operation:
+    """What an operation on one fact leaves out is the fact's; who said it is a tag, when it was said its time."""
+    if operation.error or operation.verb not in (Verb.ADD.value, Verb.UPDATE.value):
+        return operation
+    if len(facts) > 1:
+        return replace(operation, time=operation.time or facts[0].time)
+    fact = facts[0]
+    return replace(
+        operation,
+        text=operation.text or fact.text,
+        key=operation.key or fact.key,
+        time=operation.time or fact.time,
+        tags=operation.tags or ((fact.speaker,) if fact.speaker else ()),
+    )
+
+
+def _shown(entry: Entry) -> Retrieved:
+    return Retrieved(entry.id, entry.text, entry.turn)

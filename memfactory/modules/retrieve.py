@@ -1,0 +1,105 @@
+"""Retrieval: which entries of a bank a question, or a new fact, is shown beside."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+from typing import Any
+
+from memfactory.errors import RecipeErrors
+from memfactory.memory.entries import Bank, Entry
+from memfactory.search.base import Searcher, sync
+from memfactory.search.build import SearchOptions, build_searcher, check_search
+
+
+class Control(StrEnum):
+    """Control experiments on what is retrieved for a question. An honest task then scores as if it had no memory."""
+
+    NONE = "none"
+    RANDOM = "random"
+    """Entries drawn at random, as many as would have been found."""
+    EMPTY = "empty"
+    """No entry at all: the memory is wiped before the question."""
+
+
+@dataclass(frozen=True)
+class Retriever:
+    """Searches a bank. `related` entries stand beside new facts in an update, `k` beside a question."""
+
+    k: int = 60
+    """Entries for a question, at most. Memory-R1: 60, 30 for each of two speakers."""
+    related: int = 10
+    """Entries beside a new fact, at most."""
+    per_speaker: bool = False
+    """Share `k` equally among the speakers (the tags of entries) instead of taking the best whoever said them."""
+    search: Mapping[str, Any] = field(default_factory=dict)
+    """How: the options of :class:`memfactory.search.build.SearchOptions`. Default BM25."""
+    control: Control = Control.NONE
+    name: str = "retrieve"
+
+    def __post_init__(self) -> None:
+        try:
+            self._options  # noqa: B018 - wrong options are refused with the recipe
+        except RecipeErrors as several:
+            raise RecipeErrors("agent.retrieve.search", several.errors) from several
+
+    @cached_property
+    def _options(self) -> SearchOptions:
+        return check_search(self.search)
+
+    def open(self, bank: Bank) -> Retrieval:
+        """An index over `bank` that follows it."""
+        return Retrieval(self, bank, build_searcher(self._options, owner=bank.owner))
+
+
+class Retrieval:
+    """A bank under search. `follow` after each change keeps the index in step with it."""
+
+    def __init__(self, options: Retriever, bank: Bank, searcher: Searcher) -> None:
+        self.options, self.bank, self.searcher = options, bank, searcher
+        sync(searcher, bank.entries())
+
+    def follow(self, ids: Sequence[str]) -> None:
+        """Take over what became of the entries `ids`; those that arrive together are embedded together."""
+        now = {id: self.bank.get(id) for id in ids}
+        self.searcher.put([entry for entry in now.values() if entry is not None])
+        self.searcher.remove([id for id, entry in now.items() if entry is None])
+
+    def related(self, texts: Sequence[str]) -> tuple[Entry, ...]:
+        """Entries that resemble any of `texts`, in rounds: everybody's best first; at most `related` for each text."""
+        rankings = [[hit.entry for hit in self.searcher.search(text, self.options.related)] for text in texts]
+        found: dict[str, Entry] = {}
+        for place in range(max(map(len, rankings), default=0)):
+            for ranking in rankings:
+                if place < len(ranking):
+                    found.setdefault(ranking[place].id, ranking[place])
+        return tuple(found.values())
+
+    def answering(self, question: str, speakers: Sequence[str] = (), seed: str = "") -> tuple[Entry, ...]:
+        """Entries for `question`, best first.
+
+        Args:
+            speakers: whose entries share `k`, under `per_speaker`.
+            seed: decides the draw of the random control, so that a run can be repeated.
+        """
+        options = self.options
+        if options.control is Control.EMPTY:
+            return ()
+        if options.control is Control.RANDOM:
+            entries = list(self.bank.entries())
+            return tuple(random.Random(f"{seed}/{question}").sample(entries, min(options.k, len(entries))))
+        if not options.per_speaker or len(speakers) < 2:
+            return tuple(hit.entry for hit in self.searcher.search(question, options.k))
+        each = -(-options.k // len(speakers))
+        ranking = [hit.entry for hit in self.searcher.search(question, len(self.searcher))]
+        left = dict.fromkeys(speakers, each)
+        found = []
+        for entry in ranking:
+            owner = next((tag for tag in entry.tags if tag in left), None)
+            if owner is not None and left[owner]:
+                left[owner] -= 1
+                found.append(entry)
+        return tuple(found[: options.k])

@@ -1,0 +1,81 @@
+"""Which model answers for which module: trained, the same weights untrained, other weights, or an API."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Protocol
+
+from transformers import PreTrainedModel
+
+from memfactory.episode import Message, Turn
+from memfactory.policy.base import Policy, Sampling
+from memfactory.policy.transformers_backend import TransformersPolicy
+
+
+class Seeded(Policy, Protocol):
+    """A policy whose draws begin anew from a seed."""
+
+    def seed(self, seed: int) -> None: ...
+
+
+class RoutedPolicy:
+    """The trained policy for every module but those that `others` names.
+
+    Turns of the others are not trainable. They draw by their own sampling, whatever the trained policy draws by, so
+    that a frozen answerer that is greedy adds no noise to the reward of the manager it answers for.
+    """
+
+    def __init__(
+        self,
+        trained: TransformersPolicy,
+        others: Mapping[str, Policy] | None = None,
+        following: Sequence[TransformersPolicy] = (),
+    ) -> None:
+        """
+        Args:
+            trained: where turns come from that are trained.
+            others: by name of the module; several modules may share a policy.
+            following: those of `others` that sample from the weights that are trained, as they are now.
+        """
+        self.trained = trained
+        self.others = dict(others or {})
+        self.following = list(following)
+
+    def use(self, model: PreTrainedModel, version: int | None = None) -> None:
+        """Sample from `model`, the trained weights as they are now."""
+        for policy in [self.trained, *self.following]:
+            policy.model = model
+            policy.version = policy.version if version is None else version
+
+    async def generate(self, messages: list[Message], *, module: str, max_tokens: int) -> Turn:
+        other = self.others.get(module)
+        turn = await (other or self.trained).generate(messages, module=module, max_tokens=max_tokens)
+        turn.trainable &= other is None
+        return turn
+
+    def split(self, text: str, max_tokens: int) -> list[str]:
+        return self.trained.split(text, max_tokens)
+
+    @property
+    def greedy(self) -> bool:
+        return self.trained.greedy
+
+    def seed(self, seed: int) -> None:
+        """Begin the draws of every policy that draws anew from `seed`."""
+        for policy in self._drawing():
+            policy.seed(seed)
+
+    @contextmanager
+    def drawing(self, sampling: Sampling, seed: int) -> Iterator[None]:
+        """The trained policy draws by `sampling`, all from `seed` on; afterwards everything is as it was."""
+        with ExitStack() as stack:
+            stack.enter_context(self.trained.drawing(sampling, seed))
+            for policy in self._drawing():
+                if isinstance(policy, TransformersPolicy) and policy is not self.trained:
+                    stack.enter_context(policy.drawing(policy.sampling, seed))
+            yield
+
+    def _drawing(self) -> list[Seeded]:
+        found = {id(policy): policy for policy in [self.trained, *self.others.values()] if hasattr(policy, "seed")}
+        return list(found.values())  # type: ignore[arg-type]
