@@ -90,7 +90,7 @@ def need(where: str, record: Row, key: str, kind: type, fix: str = "") -> Any:
 
 
 def gold_text(where: str, value: Any) -> str:
-    """A gold answer as text; datasets write some as numbers.
+    """A gold answer as text without white space around it; datasets write some as numbers.
 
     Raises:
         DataError: it is neither, or empty.
@@ -98,7 +98,7 @@ def gold_text(where: str, value: Any) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, str) and value.strip():
-        return value
+        return value.strip()
     raise DataError(where, f"no answer (got {_shown(value)})", "the answer must be a text or a number")
 
 

@@ -46,7 +46,7 @@ class Session:
 
     @property
     def text(self) -> str:
-        """The chunk: when it was, then one line for each utterance, ``SPEAKER: TEXT``."""
+        """The chunk: when it was, then the utterances, each from a line of its own on, ``SPEAKER: TEXT``."""
         head = [f"[{self.when}]"] if self.when else []
         return "\n".join([*head, *(f"{said.speaker}: {said.text}" for said in self.said)])
 

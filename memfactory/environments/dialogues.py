@@ -13,17 +13,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import date, timedelta
 from enum import StrEnum
 from typing import Any
 
 from memfactory.environments import dialogue_world as world
 from memfactory.environments.base import Split
+from memfactory.environments.dialogue_teacher import DialogueTeacher, Habits
 from memfactory.environments.dialogue_world import ATTRIBUTES, NAMES, NOTHING, OCCASIONS, RELATIVE
 from memfactory.environments.fact_words import seeded
 from memfactory.episode import Evidence, Probe, Task
 from memfactory.errors import RecipeError
+from memfactory.memory.entries import Verb
+from memfactory.memory.operations import entry_id
 
 Slot = tuple[str, str]
 """Speaker and what the fact is about: at most one value holds at a time."""
@@ -86,8 +89,9 @@ class Event:
 class Dialogues:
     """Environment ``dialogues``.
 
-    ``metadata["events"]`` lists the events in order (:class:`Event` as mappings; ``operation`` is ADD, UPDATE,
-    DELETE or NONE), ``metadata["sessions"]`` date and speakers of each session, and ``metadata["probes"]``, parallel
+    ``metadata["events"]`` lists the events of all sessions in order (:class:`Event` as mappings; ``operation`` is ADD,
+    UPDATE, DELETE or NONE), ``metadata["lines"]`` what was said in each, ``metadata["sessions"]`` date and speakers of
+    each session that is read, ``metadata["memory"]`` the entries to begin with, and ``metadata["probes"]``, parallel
     to ``Task.probes``, whom and what each asks about and whether it ``needs_update``, ``needs_deletion``,
     ``needs_date``.
     """
@@ -111,6 +115,12 @@ class Dialogues:
     probes: int = 1
     """Questions, each about another fact."""
     ask: Ask = Ask.END
+    given: int = 0
+    """Sessions that a perfect manager has read before: what they leave stands in ``metadata["memory"]``, the stream
+    begins after them, and what is asked about was, where it can be, said in the sessions that are left. With all but
+    one given, a task is Memory-R1's single step: one session, one bank, the questions linked to it."""
+    habits: Habits = field(default_factory=Habits)
+    """How well the warm-up teacher does its job."""
 
     def __post_init__(self) -> None:
         told = self.facts + self.relative_dates
@@ -136,6 +146,16 @@ class Dialogues:
                 f"at most {len(OCCASIONS)} for each speaker",
             ),
             (self.retractions > told, f"{self.retractions} retractions of {told} facts", "use fewer retractions"),
+            (
+                not 0 <= self.given < self.sessions,
+                f"{self.given} sessions given of {self.sessions}",
+                "leave at least one to read",
+            ),
+            (
+                self.given > 0 and self.ask == Ask.ANY,
+                "given sessions and questions after any session do not go together",
+                "use ask: end",
+            ),
             (self.probes > told, f"{self.probes} probes about {told} facts", "use fewer probes or more facts"),
             (
                 says > turns,
@@ -158,8 +178,14 @@ class Dialogues:
     def vocabulary(self) -> list[str]:
         """Every word a task, a prompt of the ``words`` set or an answer can hold, in a fixed order."""
         last = _FIRST_DAY + timedelta(days=366 + _LONGEST_GAP * self.sessions + max(RELATIVE))
-        prompts = "the . ? : which and question memory section write answer none no".split()
-        return list(dict.fromkeys([*prompts, *world.words(_FIRST_DAY.year, last.year)]))
+        prompts = "the . ? : which and question memory section write answer none no fact update choose".split()
+        verbs = [verb.value for verb in Verb]
+        ids = [entry_id(number) for number in range(1, self.sessions * self.turns_per_session + 1)]
+        return list(dict.fromkeys([*prompts, *verbs, *ids, *world.words(_FIRST_DAY.year, last.year)]))
+
+    def teacher(self, task: Task, seed: int) -> DialogueTeacher:
+        """What a teacher with these `habits` decides for each module of a bank agent."""
+        return DialogueTeacher(task, self.habits, seeded("dialogues", "teacher", self.seed, seed))
 
     def _task(self, split: Split, index: int) -> Task:
         rng = seeded("dialogues", self.seed, split, index)
@@ -173,25 +199,27 @@ class Dialogues:
         for event, sentence in self._events(rng, split, people, days, slots):
             events.append(event)
             lines[event.session][event.turn] = (event.speaker, sentence)
-        stream = tuple(
-            "\n".join([world.header(day), *(f"{speaker} : {sentence}" for speaker, sentence in said)])
-            for day, said in zip(days, lines, strict=True)
-        )
+        spoken = [[f"{speaker} : {sentence}" for speaker, sentence in said] for said in lines]
+        stream = tuple("\n".join([world.header(day), *said]) for day, said in zip(days, spoken, strict=True))
         probes = []
         notes = []
-        for slot in rng.sample(slots, self.probes):
+        asked = rng.sample(slots, len(slots))
+        if self.given:
+            fresh = {(event.speaker, event.fact) for event in events if event.session >= self.given}
+            asked.sort(key=lambda slot: slot not in fresh)
+        for slot in asked[: self.probes]:
             first = next(
                 event.session
                 for event in events
                 if event.operation == Happening.NEW and (event.speaker, event.fact) == slot
             )
             after = rng.randint(first + 1, self.sessions) if self.ask == Ask.ANY else None
-            probe, note = _probe(slot, events, days, after)
+            probe, note = _probe(slot, events, days, after, self.given)
             probes.append(probe)
             notes.append(note)
         return Task(
             id=f"dialogues/{split}/{self.seed}/{index}",
-            stream=stream,
+            stream=stream[self.given :],
             probes=tuple(probes),
             metadata={
                 "events": [{**asdict(event), "operation": str(event.operation)} for event in events],
@@ -203,8 +231,10 @@ class Dialogues:
                         "speakers": list(dict.fromkeys(speaker for speaker, _ in said)),
                     }
                     for number, (day, said) in enumerate(zip(days, lines, strict=True))
-                ],
+                ][self.given :],
                 "probes": notes,
+                "lines": spoken,
+                "memory": _memory(events, spoken, days, self.given),
             },
         )
 
@@ -275,16 +305,32 @@ def replay(events: Iterable[Event], sessions: int) -> dict[Slot, Event]:
     return latest
 
 
+def _memory(
+    events: Sequence[Event], spoken: Sequence[Sequence[str]], days: Sequence[date], sessions: int
+) -> list[dict[str, Any]]:
+    """The bank that a perfect manager has after `sessions` sessions: the newest line about each fact that holds."""
+    return [
+        {
+            "text": spoken[event.session][event.turn],
+            "tags": [event.speaker],
+            "time": days[event.session].isoformat(),
+        }
+        for event in replay(events, sessions).values()
+        if event.operation != Happening.RETRACTED
+    ]
+
+
 def _probe(
-    slot: Slot, events: Sequence[Event], days: Sequence[date], after: int | None
+    slot: Slot, events: Sequence[Event], days: Sequence[date], after: int | None, given: int = 0
 ) -> tuple[Probe, dict[str, Any]]:
     speaker, fact = slot
     latest = replay(events, len(days) if after is None else after)[slot]
     deleted = latest.operation == Happening.RETRACTED
     dated = fact in OCCASIONS and not deleted
-    evidence = [Evidence(latest.said, latest.session)]
+    chunk = latest.session - given  # before 0: in the memory that is given
+    evidence = [Evidence(latest.said, chunk)]
     if dated:  # "tomorrow" says nothing without the day it was said on
-        evidence.append(Evidence(world.date_words(days[latest.session]), latest.session))
+        evidence.append(Evidence(world.date_words(days[latest.session]), chunk))
     if deleted:
         needs = Needs.DELETION
     elif dated:

@@ -69,7 +69,8 @@ class LoCoMo:
     """Conversations to test on; absent: all that are in neither `train` nor `dev`."""
     adversarial: bool = False
     """Also ask the questions of category 5, whose answer is that the conversation does not say. The wrong answer
-    that the dataset offers is in ``metadata["probes"][i]["adversarial_answer"]``."""
+    that the dataset offers is in ``metadata["probes"][i]["adversarial_answer"]``. Two of them have an ``answer`` too,
+    which the official evaluation ignores and so do we; it is kept beside it as ``answer``."""
     per_question: bool = False
     """One task for each question, for agents that read the question before the document; else one task for each
     conversation with all its questions."""
@@ -176,6 +177,9 @@ def _said(where: str, turn: Any) -> Said:
     text = turn.get("text") or ""
     if not isinstance(text, str) or not (text.strip() or caption):
         raise DataError(where, "it has no text", "a turn must have a `text`")
+    text = " ".join(
+        text.split()
+    )  # the published file has turns with line breaks in them; a turn is one line of a chunk
     if caption:  # a picture was sent: the caption is all that a text model can know of it
         text = f"{text} (sends a picture: {caption})".lstrip()
     found = _TURN_ID.search(str(turn.get("dia_id", "")))
@@ -198,7 +202,7 @@ def _probe(where: str, item: Any, sessions: Sequence[Session]) -> tuple[Probe, d
     note: dict[str, Any] = {"category": CATEGORIES[category]}
     if category == ADVERSARIAL:
         answers: tuple[str, ...] = NO_INFORMATION
-        note["adversarial_answer"] = item.get("adversarial_answer")
+        note.update({key: item[key] for key in ("adversarial_answer", "answer") if item.get(key) is not None})
     else:
         answers = (gold_text(where, item.get("answer")),)
     # one text of the published file may hold several ids, ids with a leading zero, or no id at all

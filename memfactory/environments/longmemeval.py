@@ -32,7 +32,7 @@ ABSTENTION = "_abs"
 """How the id of a question ends whose answer is not in the history."""
 
 SOURCE = (
-    "download longmemeval_oracle.json, longmemeval_s.json or longmemeval_m.json of the Hub dataset "
+    "download longmemeval_oracle.json, longmemeval_s_cleaned.json or longmemeval_m_cleaned.json of the Hub dataset "
     "xiaowu0162/longmemeval-cleaned (see its page for the licence; the code is MIT) and set environment.path to it"
 )
 
@@ -43,6 +43,9 @@ class LongMemEval:
 
     ``metadata`` has ``question_id``, ``question_date``, ``abstention``, ``sessions`` (id and time of each chunk) and
     ``answer_chunks`` (chunks that the dataset says the answer is in). Turns marked ``has_answer`` are the evidence.
+
+    The official evaluation is by a judge. The gold of ``single-session-preference`` is a rubric, and that of an
+    abstention question an explanation, so comparing words with them says little.
     """
 
     path: str = ""

@@ -96,7 +96,7 @@ def _session(where: str, item: Any) -> Session:
     said = _said(where, item.get("dialog"))
     if not said:
         raise DataError(where, "`dialog` is empty", "it must be a list of {text}")
-    return Session(said, str(when))
+    return Session(said, str(when).strip())
 
 
 def _said(where: str, dialog: Any) -> tuple[Said, ...]:
@@ -109,7 +109,8 @@ def _said(where: str, dialog: Any) -> tuple[Said, ...]:
         here = f"{where} utterance {number + 1}"
         if not isinstance(turn, dict):
             raise DataError(here, f"a {type(turn).__name__}", "an utterance must be a mapping with `text`")
-        # earlier sessions name no speaker: they take turns, and Speaker 1 begins
+        # Earlier sessions name no speaker: they take turns, and Speaker 1 begins. So does one utterance of some last
+        # sessions, which has a number in place of the speaker.
         speaker = turn.get("id") if turn.get("id") in _SPEAKERS else _SPEAKERS[number % 2]
-        said.append(Said(str(speaker), need(here, turn, "text", str)))
+        said.append(Said(str(speaker), need(here, turn, "text", str).strip()))
     return tuple(said)
