@@ -54,6 +54,8 @@ WORDS_BYTES = 1_000_000
 _FIXES = {
     "08": "see that the server runs and can be reached, then try again",
     "22": "the server cannot hold a value: pass smaller `limits`",
+    "22000": "vectors of two embedders lie under one name: give each a `model` of its own",
+    "23": "the owner was forgotten meanwhile: open the bank again",
     "25006": "connect to the primary; this server takes no writes",
     "28": "check user and password of the DSN, and the server's pg_hba.conf",
     "3D": "create the database, or name another in the DSN",
@@ -80,7 +82,7 @@ _CONFIGURE = """SELECT
     set_config('synchronous_commit', CASE current_setting('synchronous_commit')
         WHEN 'off' THEN 'on' ELSE current_setting('synchronous_commit') END, false)"""
 
-ENTRY = "c.number, c.text, c.key, c.tags, c.time, c.turn, c.exact"
+ENTRY = "c.number, c.text, c.key, c.tags::text, c.time, c.turn, c.exact"
 PRESENT = f"SELECT {ENTRY}, c.id FROM present p JOIN changes c ON c.id = p.change WHERE p.bank = %s AND p.alive"
 
 _WRITE = """
@@ -120,27 +122,31 @@ _HISTORY = f"""
     )
     SELECT {ENTRY}, c.verb FROM chain JOIN changes c USING (id) ORDER BY c.id"""
 
-# BM25 as in memfactory/search/bm25.py, counted over the entries of this bank alone.
+# BM25 as in memfactory/search/bm25.py, counted over the entries of this bank alone. The numbers are float8 throughout:
+# a bare .5 would be `numeric`, which is slow.
 _MATCH = f"""
     WITH asked AS MATERIALIZED (SELECT * FROM unnest(%s::text[], %s::float8[]) AS asked (word, times)),
-    found AS MATERIALIZED (
-        SELECT c.id, c.number, c.length, asked.word, asked.times, cardinality(held.positions)::float8 AS f
-        FROM changes c
-        JOIN present p ON p.bank = %s AND p.number = c.number AND p.change = c.id AND p.alive
-        CROSS JOIN LATERAL unnest(c.words) AS held (lexeme, positions, weights)
-        JOIN asked ON asked.word = held.lexeme
-        WHERE c.words @@ %s::tsquery
-    ),
     size AS MATERIALIZED (
         SELECT count(*)::float8 AS n, avg(length)::float8 AS mean FROM present WHERE bank = %s AND alive
     ),
-    rare AS (SELECT word, ln(1 + (n - count(*) + .5) / (count(*) + .5)) AS idf FROM found, size GROUP BY word, n),
+    found AS MATERIALIZED (
+        SELECT c.id, c.number, asked.word, asked.times * f / (f + k1 * (1 - b + b * c.length / mean)) AS weight
+        FROM (SELECT 1.2::float8 AS k1, .75::float8 AS b) AS usual, size, changes c
+        JOIN present p ON p.bank = %s AND p.number = c.number AND p.change = c.id AND p.alive
+        CROSS JOIN LATERAL (SELECT lexeme, cardinality(positions)::float8 AS f FROM unnest(c.words)) AS held
+        JOIN asked ON asked.word = held.lexeme
+        WHERE c.words @@ %s::tsquery
+    ),
+    rare AS MATERIALIZED (
+        SELECT word, ln(1 + (n - held + .5::float8) / (held + .5::float8)) AS idf
+        FROM (SELECT word, count(*)::float8 AS held FROM found GROUP BY word) AS counted, size
+    ),
     best AS (
         -- rounded, so that entries with the same words tie whatever the order of the sum
-        SELECT id, round(sum(times * idf * f / (f + 1.2 * (.25 + .75 * length / mean)))::numeric, 9) AS score, number
-        FROM found JOIN rare USING (word), size GROUP BY id, number ORDER BY score DESC, number LIMIT %s
+        SELECT id, number, round(sum(weight * idf) * 1e9::float8) / 1e9::float8 AS score
+        FROM found JOIN rare USING (word) GROUP BY id, number ORDER BY score DESC, number LIMIT %s
     )
-    SELECT {ENTRY}, best.score::float8 FROM best JOIN changes c USING (id) ORDER BY best.score DESC, c.number"""
+    SELECT {ENTRY}, best.score FROM best JOIN changes c USING (id) ORDER BY best.score DESC, c.number"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -480,7 +486,7 @@ class PostgresBank:
         wanted = f"':{self._scope}' & ({either})"
         times = [float(asked[word]) for word in terms]
         with self.store.guard("read"), self.store.connection() as connection:
-            values = (terms, times, self.number, wanted, self.number, k)
+            values = (terms, times, self.number, self.number, wanted, k)
             rows = connection.execute(_MATCH, values).fetchall()
         return [Hit(self.entry(row), row[-1]) for row in rows]
 
@@ -589,8 +595,10 @@ class PostgresBank:
         """The entry in the columns `ENTRY`."""
         number, text, key, tags, time, turn, exact = row[:7]
         if exact is not None:
-            text, key, tags, time = json.loads(bytes(exact).decode("utf-8", "surrogatepass"))
-        return Entry(entry_id(number), text, key, tuple(tags), time, self.owner, turn)
+            text, key, held, time = json.loads(bytes(exact).decode("utf-8", "surrogatepass"))
+        else:
+            held = json.loads(tags) if tags != "[]" else ()  # most have none, and a parser takes its time
+        return Entry(entry_id(number), text, key, tuple(held), time, self.owner, turn)
 
     def _place(self, connection: Any, lock: bool = False) -> tuple[int, int]:
         query = "SELECT head, given FROM banks WHERE id = %s" + (" FOR UPDATE" if lock else "")

@@ -66,12 +66,16 @@ TABLES = (
 MIGRATIONS: dict[int, tuple[str, ...]] = {}
 """By version: the statements that turn tables of that version into those of the next."""
 
-VECTORS = """CREATE TABLE IF NOT EXISTS vectors (
-    change bigint NOT NULL REFERENCES changes (id) ON DELETE CASCADE,
-    model text NOT NULL,
-    vector vector NOT NULL,
-    PRIMARY KEY (change, model)
-)"""
+VECTORS = (
+    """CREATE TABLE IF NOT EXISTS vectors (
+        change bigint NOT NULL REFERENCES changes (id) ON DELETE CASCADE,
+        model text NOT NULL,
+        vector vector NOT NULL,
+        PRIMARY KEY (change, model)
+    )""",
+    # in the row itself while it fits a page: every search reads all of a bank, and a look-up each is what takes time
+    "ALTER TABLE vectors ALTER COLUMN vector SET STORAGE MAIN",
+)
 """Made by the first search by meaning: a server without pgvector has no type `vector`, and may get it later."""
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -64,8 +66,26 @@ class Server:
         options = f"-k {self.folder} -c listen_addresses= -c fsync=off -c shared_buffers=16MB -c max_connections=60"
         self.call("pg_ctl", "start", "-w", "-l", str(self.folder / "log"), "-o", options)
 
+    def crash(self) -> None:
+        """Kill the server without a chance to tidy up, and wait until it is gone."""
+        process = self.process
+        os.kill(process, signal.SIGKILL)
+        # its children end once they see that it is gone; until then a new one refuses to start
+        end = time.monotonic() + 30
+        while any(_group(path) == process for path in Path("/proc").glob("[0-9]*")) and time.monotonic() < end:
+            time.sleep(0.05)
+
     def stop(self, mode: str = "fast") -> None:
         self.call("pg_ctl", "stop", "-w", "-m", mode)
+
+
+def _group(process: Path) -> int | None:
+    """The process group of a process; None where it has ended."""
+    try:
+        state, _, group, *_ = (process / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state == "Z" else int(group)
 
 
 def _account() -> pwd.struct_passwd:
