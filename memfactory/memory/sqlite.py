@@ -36,6 +36,7 @@ from memfactory.memory.operations import (
     with_target,
 )
 from memfactory.memory.sqlite_schema import prepare
+from memfactory.memory.sqlite_vectors import VectorTable
 
 QUERY_WORDS = 64
 """Words of a query that `match` looks for; more are left out, because the time of a search grows with them."""
@@ -71,6 +72,18 @@ class SqliteSnapshot:
     """The newest change in this state; 0 for none."""
     given: int
     """How many ids the bank had given out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How the present state of a :class:`SqliteBank` differs from an earlier one, or from one of a fork."""
+
+    head: int
+    """The newest change in the present state: what to ask with next time."""
+    entries: list[Entry]
+    """As they are now: what was added or changed, in the order of their ids."""
+    gone: list[str]
+    """Ids of what is not there any more. Some may not have been there before either."""
 
 
 class SqliteStore:
@@ -130,7 +143,7 @@ class SqliteStore:
             return [decoded(owner) for (owner,) in self.connection().execute("SELECT owner FROM owners ORDER BY id")]
 
     def forget(self, owner: str) -> None:
-        """Remove everything of `owner`: bank, forks, history, search index. Banks that are still held become unusable.
+        """Remove everything of `owner`: bank, forks, history, words, vectors. Banks still held become unusable.
 
         The room is used again by later writes; the old bytes may stay in the file until then.
         """
@@ -209,6 +222,17 @@ class SqliteStore:
             if connection.in_transaction:  # SQLite has rolled back by itself after some errors
                 connection.execute("ROLLBACK")
             raise
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """One state of the file for several queries, whatever others write meanwhile."""
+        connection = self.connection()
+        connection.execute("BEGIN")
+        try:
+            yield connection
+        finally:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")  # nothing was written
 
     @contextmanager
     def guard(self, done: str) -> Iterator[None]:
@@ -331,6 +355,38 @@ class SqliteBank:
                 found.append(Change(VERBS[verb], before, after, state[5]))
                 before = after
         return found
+
+    def difference(self, head: int = 0) -> Difference:
+        """What became of the entries since the state whose newest change was `head`; 0 is the empty bank.
+
+        For an index that follows the bank: also what other processes wrote, and ways back by `restore`, are seen. No
+        time where nothing changed, else in proportion to the changes between the two states.
+
+        Raises:
+            StoreError: the bank is gone, `head` is no change of its owner, or the storage failed.
+        """
+        with self._store.guard("read"):
+            if self._place(self._store.connection())[0] == head:
+                return Difference(head, [], [])
+            with self._store.reading() as connection:
+                now, _ = self._place(connection)
+                if head == 0:
+                    query = f"{_PRESENT} WHERE bank = ? AND alive ORDER BY present.number"
+                    return Difference(now, [self._entry(row) for row in connection.execute(query, (self._bank,))], [])
+                undo, redo = self._way(connection, head, now)
+                numbers = sorted({number for number, _ in undo} | {number for number, *_ in redo})
+                found = {entry_id(number): self._find(connection, entry_id(number)) for number in numbers}
+        entries = [self._entry(row) for row in found.values() if row is not None]
+        return Difference(now, entries, [id for id, row in found.items() if row is None])
+
+    def shares_changes(self, other: SqliteBank) -> bool:
+        """Whether `other` is this bank or a fork of the same owner in the same file."""
+        return (self._store.id, self._scope) == (other._store.id, other._scope)
+
+    @property
+    def vectors(self) -> VectorTable:
+        """The vectors of this owner's texts, for search by meaning; forks share them."""
+        return VectorTable(self._store, self._scope)
 
     def match(self, query: str, k: int) -> list[tuple[Entry, float]]:
         """The `k` entries that match words of `query` best, best first, with their score (larger is better).
@@ -479,7 +535,8 @@ class SqliteBank:
 
     def _entry(self, row: Sequence[Any]) -> Entry:
         number, text, key, tags, time, turn = row[:6]
-        labels = decoded(key), tuple(json.loads(decoded(tags))), decoded(time)
+        # most entries have no tags, and a bank that is read as a whole has many entries
+        labels = decoded(key), () if tags == "[]" else tuple(json.loads(decoded(tags))), decoded(time)
         return Entry(entry_id(number), decoded(text), *labels, self.owner, turn)
 
 

@@ -12,11 +12,33 @@ import sqlite3
 
 from memfactory.errors import StoreError
 
-VERSION = 1
+VERSION = 2
 """Version of the tables below. It grows with every change of them, with the way there in `MIGRATIONS`."""
 
 APPLICATION = 0x4D464231
 """In the header of the file (PRAGMA application_id), so that no other program's database is written into."""
+
+VECTORS = (
+    # `probe` tells two models of one name apart: the vector of a text that never changes
+    """CREATE TABLE embedders (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        name TEXT NOT NULL,
+        probe BLOB NOT NULL                   -- float32, little-endian; as long as all vectors of this embedder
+    )""",
+    # Of each owner apart, although two may say the same: what is forgotten must be gone, and a vector tells its text.
+    """CREATE TABLE vectors (
+        embedder INTEGER NOT NULL REFERENCES embedders (id),
+        owner INTEGER NOT NULL REFERENCES owners (id),
+        digest BLOB NOT NULL,                 -- of the text, 16 bytes
+        vector BLOB NOT NULL,                 -- float32, little-endian, unit norm
+        UNIQUE (owner, embedder, digest)
+    )""",
+    # a trigger, so that also a process of version 1 that still holds the file forgets all of an owner
+    """CREATE TRIGGER owner_removed AFTER DELETE ON owners BEGIN
+        DELETE FROM vectors WHERE owner = old.id;
+    END""",
+)
+"""New in version 2: vectors of what entries say, for search by meaning. They can be computed again at any time."""
 
 TABLES = (
     "CREATE TABLE about (version INTEGER NOT NULL, store TEXT NOT NULL)",
@@ -68,9 +90,10 @@ TABLES = (
         INSERT INTO words (words, rowid, scope, text, key)
         VALUES ('delete', old.id, 'o' || old.owner, CAST(old.text AS TEXT), CAST(old.key AS TEXT));
     END""",
+    *VECTORS,
 )
 
-MIGRATIONS: dict[int, tuple[str, ...]] = {}
+MIGRATIONS: dict[int, tuple[str, ...]] = {1: VECTORS}
 """By version: the statements that turn a file of that version into one of the next."""
 
 

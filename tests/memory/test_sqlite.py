@@ -271,13 +271,13 @@ def test_an_older_file_is_brought_up_or_refused(tmp_path: Path, monkeypatch: pyt
     path = tmp_path / "bank.db"
     with SqliteStore(path) as store:
         store.bank("anna").apply(add("kept"))
-    monkeypatch.setattr(sqlite_schema, "VERSION", 3)
-    monkeypatch.setattr(sqlite_schema, "MIGRATIONS", {1: ("ALTER TABLE banks ADD COLUMN colour TEXT",)})
-    with pytest.raises(StoreError, match="no way from 2 to 3"):
+    monkeypatch.setattr(sqlite_schema, "VERSION", 4)
+    monkeypatch.setattr(sqlite_schema, "MIGRATIONS", {2: ("ALTER TABLE banks ADD COLUMN colour TEXT",)})
+    with pytest.raises(StoreError, match="no way from 3 to 4"):
         SqliteStore(path)
-    monkeypatch.setitem(sqlite_schema.MIGRATIONS, 2, ("UPDATE banks SET colour = 'red'",))
+    monkeypatch.setitem(sqlite_schema.MIGRATIONS, 3, ("UPDATE banks SET colour = 'red'",))
     with SqliteStore(path) as store:  # and the failed attempt left nothing behind
-        assert store.connection().execute("SELECT version FROM about").fetchone() == (3,)
+        assert store.connection().execute("SELECT version FROM about").fetchone() == (4,)
         assert store.connection().execute("SELECT colour FROM banks").fetchone() == ("red",)
         assert texts(store, "anna") == ["kept"]
 
