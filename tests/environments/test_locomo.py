@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,19 @@ PUBLISHED = {"1": 282, "2": 321, "3": 96, "4": 841}
 """Questions by category in the published file; 446 adversarial ones come on top."""
 TEST = {"1": 239, "2": 258, "3": 83, "4": 727}
 """The same for Memory-R1's eight test conversations."""
+SHAPES = {
+    "conv-26": (19, 419),
+    "conv-30": (19, 369),
+    "conv-41": (32, 663),
+    "conv-42": (29, 629),
+    "conv-43": (29, 680),
+    "conv-44": (28, 675),
+    "conv-47": (31, 689),
+    "conv-48": (30, 681),
+    "conv-49": (25, 509),
+    "conv-50": (30, 568),
+}
+"""Sessions and turns of each published conversation."""
 
 
 def conversation(name: str, qa: list[dict[str, Any]]) -> dict[str, Any]:
@@ -132,6 +146,59 @@ def test_adversarial_questions_are_answered_by_there_being_no_answer(small: str)
     task = LoCoMo(small, adversarial=True).tasks(Split.TRAIN)[0]
     assert task.probes[2].answers == NO_INFORMATION
     assert task.metadata["probes"][2]["adversarial_answer"] == "the car"
+
+
+def test_oddities_of_the_published_file(tmp_path: Path) -> None:
+    one = conversation(
+        "conv-26",
+        [
+            question(1, 4, evidence=["D:1:1", "D1:2 D2:1", "D"], answer=" the boat\n"),
+            question(2, 4, evidence=[]),
+            question(3, 5, answer="No", adversarial_answer="Yes"),
+        ],
+    )
+    one["conversation"]["session_1"][0].update(text=" Hello,\nyou!\n\n", img_url=["x"], query="a boat")
+    one["conversation"]["session_2"] = []
+    one["conversation"]["session_1"].append({"speaker": "Bo", "dia_id": "D2:1", "text": "I sold it."})
+    one |= {"event_summary": {}, "observation": {}, "session_summary": {}}
+    task = LoCoMo(write(tmp_path / "odd.json", [one]), adversarial=True).tasks(Split.TRAIN)[0]
+    assert task.stream[0].split("\n")[1] == "Ada: Hello, you!"  # a turn is one line, though its text has several
+    first, none, adversarial = task.probes
+    assert [evidence.text for evidence in first.evidence] == [
+        "Hello, you!",
+        "Look. (sends a picture: a small boat)",
+        "I sold it.",
+    ]
+    assert first.answers == ("the boat",)
+    assert none.evidence == ()
+    assert adversarial.answers == NO_INFORMATION
+    missing, _, note = task.metadata["probes"]
+    assert missing["evidence_missing"] == ["D"]
+    assert (note["answer"], note["adversarial_answer"]) == ("No", "Yes")
+
+
+@pytest.mark.skipif(not os.environ.get("MEMFACTORY_LOCOMO"), reason="set MEMFACTORY_LOCOMO to locomo10.json")
+def test_the_published_file() -> None:
+    path = os.environ["MEMFACTORY_LOCOMO"]
+    train, test = (LoCoMo(path).tasks(split) for split in Split)
+    dev = LoCoMo(path, dev=[], test=["conv-30"]).tasks(Split.TEST)
+    assert [sum(len(task.probes) for task in tasks) for tasks in (train, dev, test)] == [152, 81, 1307]
+    assert category_counts(test) == TEST
+    tasks = LoCoMo(path, train=list(QUESTIONS), dev=[], adversarial=True).tasks(Split.TRAIN)
+    shapes = {task.id: (len(task.stream), sum(chunk.count("\n") for chunk in task.stream)) for task in tasks}
+    assert shapes == SHAPES  # a line for the date, then one for each turn
+    assert {task.id: sum(probe.category != "5" for probe in task.probes) for task in tasks} == QUESTIONS
+    assert category_counts(tasks) == {**PUBLISHED, "5": 446}
+    assert all(session["time"] for task in tasks for session in task.metadata["sessions"])
+    probes = [(task, probe) for task in tasks for probe in task.probes]
+    assert all(evidence.text in task.stream[evidence.chunk] for task, probe in probes for evidence in probe.evidence)
+    assert sum(not probe.evidence for _, probe in probes) == 4
+    notes = [note for task in tasks for note in task.metadata["probes"]]
+    missing = [id for note in notes for id in note.get("evidence_missing", [])]
+    assert missing in ([], ["D10:19", "D", "D4:36"])  # copies with mended evidence are about
+    adversarial = [note for note in notes if note["category"] == "adversarial"]
+    assert all(note["adversarial_answer"] for note in adversarial)
+    assert sum("answer" in note for note in adversarial) == 2
 
 
 def test_one_task_for_each_question(small: str) -> None:
