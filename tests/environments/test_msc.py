@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,40 @@ def test_one_row_and_a_json_list_are_read_as_well(tmp_path: Path) -> None:
     listed = MultiSessionChat(train=write(tmp_path, [row()], name="list.json")).tasks(Split.TRAIN)
     assert len(one) == len(listed) == 1
     assert one[0].id == listed[0].id
+
+
+def test_oddities_of_the_published_files(tmp_path: Path) -> None:
+    odd = row(
+        dialog=[
+            {"id": "50997", "text": "How are the bees? ", "convai2_id": "test_0"},  # a number in place of Speaker 1
+            {"text": "Back home.", "rating": 5, "id": "Speaker 2", "convai2_id": "test_0"},
+            {"id": "Speaker 1", "text": "  Good to hear. "},
+        ],
+        init_personas=[[], []],
+    )
+    odd["previous_dialogs"][0]["time_back"] = " 1 hour ago"
+    odd["previous_dialogs"][0]["dialog"][0]["text"] = "I keep bees.  "
+    task = MultiSessionChat(test=write(tmp_path, odd)).tasks(Split.TEST)[0]
+    assert task.stream[0] == "[1 hour ago]\nSpeaker 1: I keep bees.\nSpeaker 2: I sail."
+    assert task.probes[0].question == (
+        "The chat goes on:\nSpeaker 1: How are the bees?\nSpeaker 2: Back home.\nWhat does Speaker 1 say next?"
+    )
+    assert task.probes[0].answers == ("Good to hear.",)
+
+
+@pytest.mark.skipif(
+    not os.environ.get("MEMFACTORY_MSC"), reason="set MEMFACTORY_MSC to msc_dialogue/session_3/test.txt"
+)
+def test_a_published_file() -> None:
+    tasks = MultiSessionChat(test=os.environ["MEMFACTORY_MSC"]).tasks(Split.TEST)
+    assert len(tasks) == len({task.id for task in tasks}) == 501
+    assert {len(task.stream) for task in tasks} == {2}
+    assert Counter(task.probes[0].category for task in tasks) == {"reply": 501}
+    for task in tasks:
+        assert all(session["when"].endswith(" ago") for session in task.metadata["sessions"])
+        for chunk in task.stream:
+            speakers = [line.partition(":")[0] for line in chunk.split("\n")[1:]]
+            assert all(speaker == f"Speaker {place % 2 + 1}" for place, speaker in enumerate(speakers))
 
 
 @pytest.mark.parametrize(
