@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,16 @@ from memfactory.environments.dialogue_sessions import NO_INFORMATION
 from memfactory.environments.longmemeval import TYPES, LongMemEval, split_of
 from memfactory.episode import Evidence
 from memfactory.errors import DataError, RecipeError
+
+PUBLISHED = {
+    "single-session-user": 70,
+    "single-session-assistant": 56,
+    "single-session-preference": 30,
+    "multi-session": 133,
+    "knowledge-update": 78,
+    "temporal-reasoning": 133,
+}
+"""Questions by type, the same in every published file; 30 of them are abstention questions."""
 
 
 def row(number: int = 1, **fields: Any) -> dict[str, Any]:
@@ -95,6 +107,20 @@ def test_all_types_are_known(tmp_path: Path) -> None:
     rows = [row(number, question_type=kind) for number, kind in enumerate(TYPES)]
     tasks = LongMemEval(write(tmp_path, rows)).tasks(Split.TEST)
     assert tuple(task.probes[0].category for task in tasks) == TYPES
+
+
+@pytest.mark.skipif(not os.environ.get("MEMFACTORY_LONGMEMEVAL"), reason="set MEMFACTORY_LONGMEMEVAL to a file of it")
+def test_a_published_file() -> None:
+    tasks = LongMemEval(os.environ["MEMFACTORY_LONGMEMEVAL"]).tasks(Split.TEST)
+    assert Counter(task.probes[0].category for task in tasks) == PUBLISHED
+    assert sum(task.metadata["abstention"] for task in tasks) == 30
+    assert len({task.id for task in tasks}) == 500
+    for task in tasks:
+        times = [session["time"] for session in task.metadata["sessions"]]
+        assert all(times)
+        assert times == sorted(times)
+        assert task.metadata["question_date"]
+        assert all(evidence.text in task.stream[evidence.chunk] for evidence in task.probes[0].evidence)
 
 
 @pytest.mark.parametrize(
