@@ -10,6 +10,7 @@ from memfactory.search.dense import DenseSearcher
 from memfactory.search.embedding import CachedEmbedder, Embedder
 from memfactory.search.hybrid import HybridSearcher, fuse
 from memfactory.search.recall import recall
+from memfactory.search.stored import StoredSearcher
 
 __all__ = [
     "BM25Searcher",
@@ -20,6 +21,7 @@ __all__ = [
     "HybridSearcher",
     "SearchOptions",
     "Searcher",
+    "StoredSearcher",
     "build_embedder",
     "build_searcher",
     "follow",

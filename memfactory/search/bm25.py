@@ -72,6 +72,10 @@ class BM25Searcher:
             counted = Counter(words(content(entry), self.stopwords))
             for word, count in counted.items():
                 postings = self._own(word)
+                if not postings.slots or postings.slots[-1] < slot:  # a new slot, which most are
+                    postings.slots.append(slot)
+                    postings.counts.append(count)
+                    continue
                 place = bisect_left(postings.slots, slot)
                 postings.slots.insert(place, slot)
                 postings.counts.insert(place, count)

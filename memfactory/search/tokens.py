@@ -39,11 +39,16 @@ _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uac00-\ud7a3\U00020
 """Hiragana, Katakana, Han with its extensions, Hangul."""
 _WORD = re.compile(rf"[{_CJK}]+|(?:(?![{_CJK}])[^\W_][{_marks()}]*)+")
 _IS_CJK = re.compile(f"[{_CJK}]")
+_ASCII_WORD = re.compile("[a-z0-9]+")
+"""What `_WORD` finds in folded ASCII, at a fifth of the time."""
 
 
 def words(text: str, stopwords: Set[str] = frozenset()) -> list[str]:
     """The words of `text` in order, repeats included; no words in blank text or punctuation."""
-    found: list[str] = []
+    if text.isascii():
+        found = _ASCII_WORD.findall(text.lower())
+        return [word for word in found if word not in stopwords] if stopwords else found
+    found = list[str]()
     for run in _WORD.findall(unicodedata.normalize("NFKC", text).casefold()):
         if len(run) > 1 and _IS_CJK.match(run):
             found.extend(first + second for first, second in pairwise(run))

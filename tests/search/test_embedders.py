@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -84,12 +87,23 @@ class Endpoint(BaseHTTPRequestHandler):
         status, answer = self.server.plan.pop(0) if self.server.plan else (200, None)
         if answer == "wait":
             time.sleep(1.0)
+        if answer == "pause":
+            time.sleep(0.2)
+            answer = None
         if answer is None:
             data = [{"index": at, "embedding": [len(text), 1.0]} for at, text in enumerate(body["input"])]
             answer = json.dumps({"data": data[::-1]})
         try:
+            if answer == "slow headers":
+                for byte in b"HTTP/1.0 200 OK\r\nX-Slow: " + b"x" * 60:
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(0.05)
+                return
             self.send_response(status)
             self.end_headers()
+            for byte in answer.encode() if answer == "a slow answer" * 5 else b"":
+                self.wfile.write(bytes([byte]))
+                time.sleep(0.05)
             self.wfile.write(answer.encode())
         except OSError:
             pass  # the caller's deadline was over
@@ -150,13 +164,55 @@ def test_an_answer_that_is_none_is_not_asked_for_again(
     assert len(server.seen) == 1
 
 
-@pytest.mark.parametrize("plan", [[(200, "wait")], [(503, "busy")] * 99])
+@pytest.mark.parametrize(
+    "plan",
+    [[(200, "wait")], [(503, "busy")] * 99, [(200, "a slow answer" * 5)], [(200, "slow headers")]],
+    ids=["nothing", "busy", "a byte now and then", "headers now and then"],
+)
 def test_the_deadline_is_kept(server: ThreadingHTTPServer, plan: list[tuple[int, str]]) -> None:
     server.plan = plan
     begin = time.monotonic()
     with pytest.raises(EngineError, match=r"no answer in 0\.3 s"):
         _embedder(server, deadline=0.3).embed(["a"])
     assert time.monotonic() - begin < 0.9
+
+
+def test_the_deadline_is_for_all_batches_together(server: ThreadingHTTPServer) -> None:
+    server.plan = [(200, "pause")] * 99
+    begin = time.monotonic()
+    with pytest.raises(EngineError, match=r"no answer in 0\.5 s"):
+        _embedder(server, deadline=0.5, batch=1).embed(["a"] * 10)
+    assert time.monotonic() - begin < 0.9
+    assert 2 <= len(server.seen) <= 4
+
+
+def test_after_the_deadline_the_next_call_is_answered(server: ThreadingHTTPServer) -> None:
+    server.plan = [(200, "a slow answer" * 5)]
+    embedder = _embedder(server, deadline=0.3)
+    with pytest.raises(EngineError, match="had not arrived as a whole"):
+        embedder.embed(["a"])
+    assert embedder.embed(["a"]).tolist() == [[1, 1]]
+    embedder.close()
+    assert embedder.embed(["bb"]).tolist() == [[2, 1]], "closing gives connections back, no more"
+    embedder.close()
+
+
+def test_an_embedder_works_inside_a_loop_in_threads_and_after_a_fork(server: ThreadingHTTPServer) -> None:
+    embedder = _embedder(server)
+
+    async def asked_by_async_code() -> np.ndarray:
+        return embedder.embed(["a"])
+
+    assert asyncio.run(asked_by_async_code()).tolist() == [[1, 1]]
+    with ThreadPoolExecutor(4) as pool:
+        assert [rows.tolist() for rows in pool.map(embedder.embed, [["a"]] * 8)] == [[[1, 1]]] * 8
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(0 if embedder.embed(["bb"]).tolist() == [[2, 1]] else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_an_endpoint_that_is_away_and_a_key_that_is_not_set() -> None:

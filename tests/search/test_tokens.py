@@ -37,3 +37,9 @@ def test_stopwords_are_left_out_only_when_asked() -> None:
 @given(st.text(st.characters(codec=None)))
 def test_any_text_has_words(text: str) -> None:
     assert all(word and not word.isspace() for word in words(text))
+
+
+@given(st.text(st.characters(codec="ascii")))
+def test_plain_text_takes_a_shorter_way_to_the_same_words(text: str) -> None:
+    assert words(f"{text} é") == [*words(text), "é"]
+    assert words(f"{text} é", ENGLISH) == [*words(text, ENGLISH), "é"]

@@ -1,0 +1,126 @@
+"""`StoredSearcher`: search in a bank on disk.
+
+The file holds texts and vectors; the index is in memory, made at the first search and brought up to date at each
+later one, by the newest change it has seen. So it answers like an index that followed every operation, also of what
+other processes did, and it is the index that agents are trained with: a bank that is served ranks the same.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from memfactory.errors import StoreError
+from memfactory.memory.operations import entry_number
+from memfactory.memory.sqlite import SqliteBank
+from memfactory.search.base import Hit, Searcher
+from memfactory.search.build import SearchOptions, build_searcher
+from memfactory.search.dense import DenseSearcher
+from memfactory.search.embedding import Embedder
+from memfactory.search.hybrid import HybridSearcher
+from memfactory.search.kept import KeptEmbedder
+
+
+class StoredSearcher:
+    """The entries of a :class:`~memfactory.memory.sqlite.SqliteBank`, searched by words, by meaning, or by both.
+
+    Threads may share it; they take turns. After a fork of the process, parent and child each have their own.
+
+    Args:
+        bank: what is searched, a fork of it included.
+        options: as for :func:`~memfactory.search.build.build_searcher`; None is BM25.
+        embedder: one of your own, instead of the one that `options` names.
+
+    Raises:
+        RecipeError: `options` are wrong.
+        EngineError: the embedder could not be loaded.
+    """
+
+    def __init__(
+        self,
+        bank: SqliteBank,
+        options: SearchOptions | Mapping[str, Any] | None = None,
+        *,
+        embedder: Embedder | None = None,
+    ) -> None:
+        self.bank = bank
+        self._index = build_searcher(options, owner=bank.owner, embedder=embedder)
+        for part in _parts(self._index):
+            if isinstance(part, DenseSearcher):
+                part.entry_embedder = KeptEmbedder(part.embedder, bank.vectors)
+        self._head = 0
+        """Newest change that the index has seen."""
+        self._last = 0
+        """The largest number of an entry that the index has had."""
+        self._lock = threading.Lock()
+
+    @property
+    def owner(self) -> str:
+        return self.bank.owner
+
+    def search(self, query: str, k: int) -> list[Hit]:
+        """At most `k` hits, best first; equal scores in the order of the entries. Any text is a query.
+
+        What was committed before the call is seen. The first call reads the bank; a bank whose vectors are not there
+        yet is embedded then, unless `refresh` was called before.
+
+        Raises:
+            EngineError: an embedder failed (dense and hybrid). The next call tries again.
+            StoreError: the bank is gone, or the storage failed.
+        """
+        with self._lock:
+            self._catch_up()
+            return self._index.search(query, k)
+
+    def refresh(self) -> None:
+        """Take over what is new in the bank, and embed it. After writing, it saves the next question the time.
+
+        Raises:
+            EngineError, StoreError: as `search`.
+        """
+        with self._lock:
+            self._catch_up()
+
+    def fork(self, bank: SqliteBank) -> StoredSearcher:
+        """A searcher of `bank`, a fork of this one's or the bank it was forked from, that need not load it again.
+
+        Raises:
+            StoreError: `bank` is of another owner or file.
+        """
+        if not bank.shares_changes(self.bank):
+            raise StoreError(
+                f"{bank!r} is not searched with the index of {self.bank!r}",
+                "it is of another owner or another file",
+                "make a StoredSearcher of its own",
+            )
+        copy = StoredSearcher.__new__(StoredSearcher)
+        copy.bank, copy._lock = bank, threading.Lock()
+        with self._lock:
+            copy._index, copy._head, copy._last = self._index.fork(), self._head, self._last
+        return copy
+
+    def __len__(self) -> int:
+        with self._lock:
+            self._catch_up()
+            return len(self._index)
+
+    def _catch_up(self) -> None:
+        new = self.bank.difference(self._head)
+        if new.head == self._head:
+            return
+        self._index.put(new.entries)  # may fail, and then changes nothing
+        self._index.remove(new.gone)
+        numbers = [entry_number(entry.id) or 0 for entry in new.entries]
+        if numbers and self._head and min(numbers) <= self._last:
+            # some may have come back after a `restore`: to their old place, not to the end
+            ids = [entry.id for entry in self._index.entries()]
+            ordered = sorted(ids, key=lambda id: entry_number(id) or 0)
+            if ordered != ids:
+                self._index.arrange(ordered)
+        self._last = max(self._last, *numbers, 0)
+        self._head = new.head
+
+
+def _parts(searcher: Searcher) -> list[Searcher]:
+    return list(searcher.parts) if isinstance(searcher, HybridSearcher) else [searcher]
