@@ -177,9 +177,7 @@ def _said(where: str, turn: Any) -> Said:
     text = turn.get("text") or ""
     if not isinstance(text, str) or not (text.strip() or caption):
         raise DataError(where, "it has no text", "a turn must have a `text`")
-    text = " ".join(
-        text.split()
-    )  # the published file has turns with line breaks in them; a turn is one line of a chunk
+    text = " ".join(text.split())  # the published file has turns with line breaks in them
     if caption:  # a picture was sent: the caption is all that a text model can know of it
         text = f"{text} (sends a picture: {caption})".lstrip()
     found = _TURN_ID.search(str(turn.get("dia_id", "")))
