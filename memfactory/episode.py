@@ -35,7 +35,8 @@ class Evidence:
 
     text: str
     chunk: int
-    """Index into :attr:`Task.stream` of the chunk that holds `text`."""
+    """Index into :attr:`Task.stream` of the chunk that holds `text`; below 0 where it stands in the memory that the
+    task begins with."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -192,7 +192,11 @@ class CreditSection(_Section):
     std_floor: float = Field(default=0.0, ge=0)
     """Smallest standard deviation that is divided by, in units of reward: smaller differences stay small."""
     outcome_share: float = Field(default=0.8, ge=0, le=1)
-    """Alpha in A = alpha A_episode + (1 - alpha) A_turn, where dimensions of turns are rewarded; else unused."""
+    """Alpha in A = alpha A_episode + (1 - alpha) A_turn, where dimensions of turns are rewarded or writing turns are
+    credited by `attribute`; else unused."""
+    attribute: Literal["none", "shown", "cited"] = "none"
+    """Whether turns that write entries answer for what became of them: the turn's own part of the credit is then its
+    share in the answers that were shown its entries (`shown`), or that cite them (`cited`; shown where none is)."""
     gamma: float = Field(default=1.0, gt=0, le=1)
     """Discount per turn of potential-based shaping."""
     lam: float = Field(default=1.0, ge=0, le=1)
@@ -238,6 +242,15 @@ class WarmupSection(_Section):
     """Steps of linear warm-up of the learning rates; a cosine to 10 % follows."""
 
 
+class RerollSection(_Section):
+    """Local re-rolls: one chunk of an episode is run again from the store before it (Memory-R2, arXiv 2605.21768)."""
+
+    share: float = Field(default=0.0, ge=0, le=1)
+    """Share of a batch's episodes that are re-rolled at one of their chunks. Memory-R2: .5."""
+    count: int = Field(default=4, ge=2)
+    """Runs of that chunk. They form a group of their own."""
+
+
 class RolloutSection(_Section):
     """Limits of generation and of training micro-batches. They change speed and memory, not results."""
 
@@ -248,6 +261,7 @@ class RolloutSection(_Section):
     max_failed_share: float = Field(default=0.25, ge=0, le=1)
     """Share of a batch's episodes that may be unscorable, or on which one reward function may fail, before the run
     stops. They never count as zero."""
+    rerolls: RerollSection = RerollSection()
     log_episodes: int = Field(default=16, ge=0)
     """Training episodes written to `episodes.jsonl` at every log step."""
 

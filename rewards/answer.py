@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 
-from memfactory import Episode, ModelOutputError, Score, reward
+from memfactory import Episode, ModelOutputError, Score, Turn, reward
 from memfactory.modules import last_boxed, strip_reasoning
 from memfactory.reward import matching
 
@@ -62,6 +62,21 @@ def number_match(episode: Episode) -> Value:
     Gaming: guessing, where codes are short.
     """
     return _mean(episode, lambda text, gold: float(set(re.findall(r"\d+", text)) == {gold[0]}))
+
+
+@reward(module="answer", missing="drop")
+def own_match(episode: Episode, turn: Turn) -> Value:
+    """1 if the answer that this turn gave equals a gold alias after normalisation, else 0: of turns, in [0, 1].
+
+    For credit by module: each question's turn is compared with the same question's turns of the group, and with
+    `credit.attribute` the turns that wrote what it was shown answer for it. None where the record does not say which
+    turn gave which answer. Source and normalisation as `exact_match`.
+    Gaming: as `exact_match`.
+    """
+    for answer in episode.answers:
+        if answer.turn is not None and episode.turns[answer.turn] is turn:
+            return 0.0 if answer.text is None else float(matching.exact_match(answer.text, answer.probe.answers))
+    return Score(None, "it is not recorded which answer this turn gave")
 
 
 @reward(missing="drop")

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from memfactory.agents.asking import ask
 from memfactory.episode import Answer, Episode, Operation, Probe, Retrieved, Task, Turn
 from memfactory.errors import DataError, MemFactoryError, RecipeErrors, attempt
-from memfactory.memory.bank import EntryBank
+from memfactory.memory.bank import BankSnapshot, EntryBank
 from memfactory.memory.entries import Bank, Entry, Verb
 from memfactory.modules.entry_answer import EntriesState, Reply
 from memfactory.modules.facts import Fact, ReadState
@@ -103,6 +103,12 @@ class BankAgent:
             raise DataError(f"task {task.id}", "it has nothing to read and no memory", "remove the row")
         return list(task.stream)
 
+    def restore(self, snapshot: BankSnapshot) -> EntryBank:
+        """A bank of its own in the state of `snapshot`, which stays as it is: where re-rolls begin."""
+        bank = EntryBank(snapshot.owner)
+        bank.restore(snapshot)
+        return bank
+
     async def run(self, task: Task, policy: Policy, store: Bank | None = None) -> Episode:
         bank = store if store is not None else EntryBank(task.id)
         run = _Run(self, task, policy, bank)
@@ -117,6 +123,8 @@ class _Run:
         self.episode = Episode(task)
         for entry in task.metadata.get("memory", ()) if not len(bank) else ():
             bank.apply(_given(entry))
+        self.inherited = {entry.id: entry for entry in bank.entries()}
+        """What was there before: its turns are not turns of this episode."""
         self.retrieval: Retrieval = agent.retriever.open(bank)
         self.sessions: Sequence[Mapping[str, Any]] = task.metadata.get("sessions", ())
 
@@ -194,7 +202,7 @@ class _Run:
                 prefix_key=f"{self.task.id}/update/{index}/{number}",
             )
             turn.memory_before = self.memory()
-            turn.retrieved = [_shown(entry) for entry in state.related]
+            turn.retrieved = self.shown(state.related)
             completed = [_completed(operation, batch) for operation in operations or ()]
             turn.operations = self.change(completed, turn=len(self.episode.turns))
             turn.memory_after = self.memory()
@@ -239,13 +247,20 @@ class _Run:
             max_tokens=agent.max_answer_tokens,
             prefix_key=f"{task.id}/answer/{number}",
         )
-        turn.retrieved = [_shown(entry) for entry in entries]
+        turn.retrieved = self.shown(entries)
         turns.append(turn)
         for one in turns:
             one.memory_before = one.memory_after = self.memory()
         found: Reply | None = reply
         turn.cited = list(found.cited) if found is not None else []
         return turns, Answer(probe, found.text if found is not None else None, turn.text)
+
+    def shown(self, entries: Sequence[Entry]) -> list[Retrieved]:
+        """`entries` as a turn records them, with the turn of this episode that wrote each."""
+        return [
+            Retrieved(entry.id, entry.text, None if self.inherited.get(entry.id) == entry else entry.turn)
+            for entry in entries
+        ]
 
     async def rerank(self, number: int, question: str, entries: tuple[Entry, ...]) -> tuple[Turn, tuple[Entry, ...]]:
         """The entries that the reranker keeps, best first; where it names none that was there, the first ones."""
@@ -267,7 +282,7 @@ class _Run:
         if ids is not None and not kept and entries:
             turn.error = "it named no entry that it was shown"
         chosen = kept or entries[: reranker.m]
-        turn.retrieved = [_shown(entry) for entry in chosen]
+        turn.retrieved = self.shown(chosen)
         return turn, chosen
 
 
@@ -296,7 +311,3 @@ def _completed(operation: Operation, facts: Sequence[Fact]) -> Operation:
         time=operation.time or fact.time,
         tags=operation.tags or ((fact.speaker,) if fact.speaker else ()),
     )
-
-
-def _shown(entry: Entry) -> Retrieved:
-    return Retrieved(entry.id, entry.text, entry.turn)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from typing import Any
 
 from memfactory.agents.asking import ask
 from memfactory.episode import Answer, Episode, Task
@@ -65,6 +66,11 @@ class MemAgent:
     @cached_property
     def answerer(self) -> FinalAnswer:
         return FinalAnswer(prompt_set(self.prompt, self.order), AnswerFormat(self.answer_format))
+
+    @property
+    def modules(self) -> list[Any]:
+        """Its modules in the order in which they are asked."""
+        return [self.writer, self.answerer]
 
     def chunks(self, task: Task, policy: Policy) -> list[str]:
         """The chunks that will be read, in order.

@@ -28,9 +28,11 @@ def capture_and_retention(episodes: Sequence[Episode]) -> tuple[float | None, fl
         writes = [last[chunk] for chunk in sorted(last)]
         for evidence in (e for probe in episode.task.probes for e in probe.evidence):
             held = [contains(turn.memory_after, [evidence.text]) for turn in writes]
-            facts += 1
-            captured += held[evidence.chunk]
-            for before, after in zip(held[evidence.chunk :], held[evidence.chunk + 1 :], strict=False):
+            first = max(evidence.chunk, 0)  # before 0: it stands in the memory that the task begins with
+            if evidence.chunk >= 0:
+                facts += 1
+                captured += held[first]
+            for before, after in zip(held[first:], held[first + 1 :], strict=False):
                 chances += before
                 kept += before and after
     return captured / facts if facts else None, kept / chances if chances else None

@@ -15,6 +15,7 @@ from operator import attrgetter, itemgetter
 import numpy as np
 
 from memfactory.episode import Episode, Score
+from memfactory.reward.credit import Link, Links
 from memfactory.reward.faults import Faults
 from memfactory.reward.table import Bools, Floats, Ints, codes
 
@@ -39,12 +40,23 @@ class Part:
     faults: Faults
     judge: dict[str, float] = field(default_factory=dict)
     """What the judge did since the last batch."""
+    links: list[list[Link]] = field(default_factory=list)
+    """Of each episode; empty where nothing is attributed."""
 
     @classmethod
     def of(
-        cls, episodes: Sequence[Episode], names: Sequence[str], names_of_turns: Sequence[str], faults: Faults
+        cls,
+        episodes: Sequence[Episode],
+        names: Sequence[str],
+        names_of_turns: Sequence[str],
+        faults: Faults,
+        attribute: str = "none",
     ) -> Part:
-        """The scores of measured `episodes` on the dimensions `names`, and of their turns on `names_of_turns`."""
+        """The scores of measured `episodes` on the dimensions `names`, and of their turns on `names_of_turns`.
+
+        Args:
+            attribute: as in the recipe's `credit:`.
+        """
         values = scores_of(episodes, names)
         reasons: Counter[tuple[str, str]] = Counter()
         own = [name for name in names if name not in names_of_turns]
@@ -63,6 +75,7 @@ class Part:
             turn_values=_floats(rows, len(names_of_turns)),
             reasons=reasons,
             faults=faults,
+            links=[] if attribute == "none" else [links_of(episode, attribute) for episode in episodes],
         )
 
 
@@ -88,6 +101,7 @@ class Batch:
     reasons: Counter[tuple[str, str]]
     faults: list[Faults]
     judge: dict[str, float]
+    links: Links
 
     @classmethod
     def of(cls, parts: Sequence[Part]) -> Batch:
@@ -110,6 +124,7 @@ class Batch:
             reasons=reasons,
             faults=[part.faults for part in parts],
             judge=_together([part.judge for part in parts]),
+            links=Links.of([own for part in parts for own in part.links], [len(own) for own in modules]),
         )
 
     @property
@@ -146,6 +161,17 @@ def _slots(groups: Ints, episode: Ints, modules: Sequence[tuple[str, ...]]) -> I
                 seen[module] += 1
         places += known[own]
     return groups[episode] * max(len(kinds), 1) + np.array(places, dtype=np.int64)
+
+
+def links_of(episode: Episode, attribute: str) -> list[Link]:
+    """Which turns of `episode` wrote what its answers were shown, or cite. Entries from before it are nobody's."""
+    found: list[Link] = []
+    for place in (answer.turn for answer in episode.answers if answer.turn is not None):
+        turn = episode.turns[place]
+        cited = [entry for entry in turn.retrieved if entry.id in turn.cited] if attribute == "cited" else []
+        writers = Counter(entry.turn for entry in cited or turn.retrieved if entry.turn is not None)
+        found += [(place, writer, number / writers.total()) for writer, number in writers.items()]
+    return found
 
 
 def scores_of(episodes: Sequence[Episode], names: Sequence[str]) -> Floats:

@@ -8,18 +8,47 @@ them from episodes and writes the result back.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from memfactory.errors import RecipeError
+from memfactory.modules.base import WRITERS
 from memfactory.plugins import construct, resolve
 from memfactory.recipe import CreditSection, nearest
 from memfactory.reward.advantage import Estimator, advantages
 from memfactory.reward.shaping import shaped_returns
 from memfactory.reward.table import Bools, Floats, Ints, group_mean
+
+Link = tuple[int, int, float]
+"""A turn that answers, a turn that wrote what it was shown, and its share in it."""
+
+
+@dataclass(frozen=True)
+class Links:
+    """L pairs of a turn that answers and a turn that wrote what it was shown."""
+
+    answer: Ints
+    """(L,) index of the turn that answers."""
+    writer: Ints
+    """(L,) index of the turn that wrote."""
+    share: Floats
+    """(L,) of all that the answer was shown; those of one answer add up to 1."""
+
+    @classmethod
+    def of(cls, parts: Sequence[Sequence[Link]], sizes: Sequence[int]) -> Links:
+        """The links of all episodes.
+
+        Args:
+            parts: by episode, (turn that answers, turn that wrote, share), turns counted in the episode.
+            sizes: turns of each episode.
+        """
+        starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        rows = [(start + a, start + w, s) for start, part in zip(starts, parts, strict=False) for a, w, s in part]
+        table = np.array(rows, dtype=np.float64).reshape(len(rows), 3)
+        return cls(table[:, 0].astype(np.int64), table[:, 1].astype(np.int64), table[:, 2])
 
 
 @dataclass(frozen=True)
@@ -46,6 +75,8 @@ class CreditBatch:
     """(M,) aggregated from the dimensions that speak about the turn; NaN where none does or could."""
     potentials: Floats
     """(M,) of the state after the turn; NaN where none is known."""
+    links: Links = field(default_factory=lambda: Links.of([], []))
+    """Which turns wrote what the answers were shown."""
 
 
 CreditAssigner = Callable[[CreditBatch], Floats]
@@ -94,12 +125,29 @@ def turn_advantages(
         mixed: whether the recipe rewards turns; if not, alpha is 1.
     """
     values = assigner(batch)
+    own = values
     if mixed:
         own = advantages(batch.turn_rewards, batch.slot, estimator, options.std_floor).values
+    if options.attribute != "none":
+        own = attributed(own, batch)
+    if mixed or options.attribute != "none":
         values = options.outcome_share * values + (1 - options.outcome_share) * own
     if np.isfinite(batch.potentials).any():
         values = values + shaping_term(batch, options)
     return values
+
+
+def attributed(own: Floats, batch: CreditBatch) -> Floats:
+    """What turns earn themselves, (M,), where turns that write earn what the answers made of their entries.
+
+    own_w = sum over answers a of share(a, w) own_a: the advantage of each answer is dealt out whole among the turns
+    whose entries it was shown, and a turn whose entries were shown to none gets nothing. Other turns keep `own`.
+    Source: evidence-anchored attribution (Fine-Mem, arXiv 2601.08435), here on advantages instead of rewards.
+    """
+    writes = np.isin(np.array(batch.module, dtype=object), WRITERS)
+    result = np.where(writes, 0.0, own)
+    np.add.at(result, batch.links.writer, batch.links.share * np.nan_to_num(own[batch.links.answer]))
+    return result
 
 
 def shaping_term(batch: CreditBatch, options: CreditSection) -> Floats:

@@ -189,7 +189,8 @@ class RewardSystem:
         Raises:
             RewardError: more than that share of the episodes has no reward, or one function failed on more.
         """
-        own = Part.of(episodes, self._names, [self._names[k] for k in self._of_turns], faults or Faults())
+        of_turns = [self._names[k] for k in self._of_turns]
+        own = Part.of(episodes, self._names, of_turns, faults or Faults(), self.credit.attribute)
         if self.judge is not None:
             own.judge.update(self.judge.metrics())
         batch = Batch.of(gather([own]) if gather is not None else [own])
@@ -219,6 +220,7 @@ class RewardSystem:
             last=batch.last,
             turn_rewards=turn_rewards,
             potentials=potentials,
+            links=batch.links,
         )
         mixed = any(self._counts(k) for k in self._of_turns)
         per_turn = turn_advantages(credit, self.credit, estimator, self.assigner, mixed=mixed)

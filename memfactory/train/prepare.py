@@ -14,10 +14,10 @@ from memfactory.environments import build_environment
 from memfactory.environments.base import Environment, Split
 from memfactory.environments.overlap import check_disjoint
 from memfactory.episode import Task
-from memfactory.errors import DataError, RecipeErrors, attempt
+from memfactory.errors import DataError, MemFactoryError, RecipeError, RecipeErrors, attempt
 from memfactory.evaluate.run import EvalOptions
 from memfactory.policy.base import Policy
-from memfactory.recipe import Recipe, apply_overrides, read_yaml, schema_errors
+from memfactory.recipe import Recipe, apply_overrides, nearest, read_yaml, schema_errors
 from memfactory.reward.catalogue import WeightedDimension, load_dimension
 from memfactory.reward.system import RewardSystem
 from memfactory.train.config import check_train
@@ -84,6 +84,7 @@ def prepare(path: Path, overrides: Sequence[str] = (), splits: Collection[Split]
     agent = attempt(lambda: build_agent(recipe.agent.name, recipe.agent.options), errors)
     environment = attempt(lambda: build_environment(recipe.environment.name, recipe.environment.options), errors)
     rewards = attempt(lambda: RewardSystem.from_recipe(recipe), errors)
+    errors += _unfit(recipe, agent) if agent is not None else []
     if recipe.eval.metric not in [section.label or section.name for section in recipe.rewards]:
         attempt(lambda: load_dimension(recipe.eval.metric), errors)
     if errors:
@@ -101,6 +102,24 @@ def prepare(path: Path, overrides: Sequence[str] = (), splits: Collection[Split]
     train_tasks, eval_tasks = tasks.get(Split.TRAIN, []), tasks.get(Split.TEST, [])
     check_disjoint(train_tasks, eval_tasks)
     return Prepared(recipe, agent, environment, train_tasks, eval_tasks, rewards)
+
+
+def _unfit(recipe: Recipe, agent: Agent) -> list[MemFactoryError]:
+    """What the recipe asks of its agent that this agent cannot do."""
+    errors: list[MemFactoryError] = []
+    names = [module.name for module in getattr(agent, "modules", ())]
+    for name in recipe.modules:
+        if names and name not in names:
+            errors.append(RecipeError(f"modules.{name}: agent {recipe.agent.name} has none", "", nearest(name, names)))
+    if recipe.rollout.rerolls.share and not hasattr(agent, "restore"):
+        errors.append(
+            RecipeError(
+                "rollout.rerolls: not with this agent",
+                f"{type(agent).__name__} cannot begin from a snapshot of its store",
+                "use an agent over a bank (memory_r1, compose), or leave the section out",
+            )
+        )
+    return errors
 
 
 def turn_limits(agent: object) -> dict[str, int]:

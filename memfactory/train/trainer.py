@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -42,6 +43,7 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import use_adapter
 
 from memfactory.agents.base import Agent
+from memfactory.agents.rerolls import places, reroll
 from memfactory.agents.running import run_episodes
 from memfactory.episode import Episode, StopReason, Task
 from memfactory.errors import EngineError
@@ -264,6 +266,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
             self.learners.seed(seed)
             measuring = self.parts.rewards.begin()
             episodes = run_episodes(self.parts.agent, tasks, self.policy, measuring.submit)
+            episodes += self._reroll(episodes, seed, measuring)
         model.train()
         self._seconds["generate"] += time.perf_counter() - start
         for number, episode in enumerate(episodes):
@@ -284,6 +287,18 @@ class EpisodeGRPOTrainer(GRPOTrainer):
             return {}
         gather = gather_object if self.accelerator.num_processes > 1 else None
         return self.learners.learn(episodes, gather)
+
+    def _reroll(self, episodes: Sequence[Episode], seed: int, measuring: Measuring) -> list[Episode]:
+        """Local re-rolls of some of `episodes`; equally many on every rank."""
+        section = self.parts.rollout.rerolls
+        wanted = round(section.share * len(episodes))
+        if not wanted:
+            return []
+        able = [episode for episode in episodes if places(episode)]
+        count = min(wanted, -self._reduce_max(-len(able)))
+        chosen = random.Random(seed).sample(able, count)
+        self._metrics["train"]["rerolls/count"].append(self._reduce_sum(count * section.count))
+        return reroll(self.parts.agent, chosen, self.policy, section.count, seed, measuring.submit)
 
     def _assess(self, episodes: list[Episode], measuring: Measuring) -> Assessment:
         """Scores, rewards, advantages and credit of this rank's episodes, compared over whole groups."""
