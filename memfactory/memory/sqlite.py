@@ -41,6 +41,9 @@ from memfactory.memory.sqlite_vectors import VectorTable
 QUERY_WORDS = 64
 """Words of a query that `match` looks for; more are left out, because the time of a search grows with them."""
 
+PAGE = 8192
+"""Bytes of a page in a new file. In SQLite's own 4096 one vector of 512 numbers has room, in 8192 three."""
+
 _FIXES = {
     sqlite3.SQLITE_FULL: "free space on its disk; what was written before is intact",
     sqlite3.SQLITE_BUSY: "end the process that holds the file, or pass a longer busy_seconds",
@@ -186,6 +189,7 @@ class SqliteStore:
             self.path, timeout=self.busy_seconds, isolation_level=None, check_same_thread=False
         )
         try:
+            connection.execute(f"PRAGMA page_size = {PAGE}")  # only of a file that is empty yet
             mode = _switch_to_wal(connection, self.busy_seconds)
             if mode != "wal":
                 raise StoreError(

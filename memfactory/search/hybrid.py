@@ -74,7 +74,10 @@ class HybridSearcher:
         found = [part.search(query, max(k, self.depth)) for part in self.parts]
         entries = {hit.entry.id: hit.entry for hits in found for hit in hits}
         scores = fuse([[hit.entry.id for hit in hits] for hits in found], self.weights, self.k0)
-        ranking = sorted(scores, key=lambda id: (-scores[id], self._order[id]))
+        kth = sorted(scores.values())[-k:][0] if scores else 0.0
+        ranking = sorted(
+            (id for id, score in scores.items() if score >= kth), key=lambda id: (-scores[id], self._order[id])
+        )
         return [Hit(entries[id], scores[id]) for id in ranking[:k]]
 
     def entries(self) -> list[Entry]:

@@ -46,7 +46,7 @@ class StoredSearcher:
     ) -> None:
         self.bank = bank
         self._index = build_searcher(options, owner=bank.owner, embedder=embedder)
-        for part in _parts(self._index):
+        for part in self.parts:
             if isinstance(part, DenseSearcher):
                 part.entry_embedder = KeptEmbedder(part.embedder, bank.vectors)
         self._head = 0
@@ -58,6 +58,11 @@ class StoredSearcher:
     @property
     def owner(self) -> str:
         return self.bank.owner
+
+    @property
+    def parts(self) -> list[Searcher]:
+        """What is asked together: two searchers of a hybrid, else one. To look at; they change with the bank."""
+        return list(self._index.parts) if isinstance(self._index, HybridSearcher) else [self._index]
 
     def search(self, query: str, k: int) -> list[Hit]:
         """At most `k` hits, best first; equal scores in the order of the entries. Any text is a query.
@@ -120,7 +125,3 @@ class StoredSearcher:
                 self._index.arrange(ordered)
         self._last = max(self._last, *numbers, 0)
         self._head = new.head
-
-
-def _parts(searcher: Searcher) -> list[Searcher]:
-    return list(searcher.parts) if isinstance(searcher, HybridSearcher) else [searcher]

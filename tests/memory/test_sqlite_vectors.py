@@ -161,6 +161,19 @@ def test_vectors_belong_to_an_owner_an_embedder_and_a_text(store: SqliteStore) -
     assert kept(anna.vectors, one, *many) == {digest(text): [i, i] for i, text in enumerate(many)}
 
 
+def test_vectors_fill_the_pages_of_a_new_file(tmp_path: Path, store: SqliteStore) -> None:
+    number = store.bank("anna").vectors.embedder("model", np.ones(512, np.float32))
+    keys = [digest(str(i)) for i in range(600)]
+    store.bank("anna").vectors.keep(number, keys, np.ones((600, 512), np.float32))
+    pages = store.connection().execute("PRAGMA page_count").fetchone()[0]
+    size = store.connection().execute("PRAGMA page_size").fetchone()[0]
+    assert pages * size < 1.5 * 600 * 2048
+    version1(tmp_path / "old.db")
+    with SqliteStore(tmp_path / "old.db") as old:  # an older file stays as it is
+        assert old.connection().execute("PRAGMA page_size").fetchone() == (4096,)
+        assert old.connection().execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
 def test_an_embedder_is_known_by_what_it_computes(store: SqliteStore) -> None:
     table = store.bank("anna").vectors
     probe = np.array([0.6, 0.8], np.float32)
