@@ -12,7 +12,9 @@ from typing import Any
 from memfactory.errors import StoreError
 
 VERSION = 1
-"""Version of the tables below. It grows with every change of them, with the way there in `MIGRATIONS`."""
+"""Version of the tables below, and of how :func:`memfactory.search.tokens.words` cuts text, which stands in them.
+
+It grows with every change of either, with the way there in `MIGRATIONS`."""
 
 MIGRATION_LOCK = 0x4D464231
 """Key of the advisory lock under which tables are made and changed, one process at a time."""

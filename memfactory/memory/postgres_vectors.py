@@ -78,7 +78,7 @@ class PostgresVectors:
             EngineError: the embedder failed; what was embedded before stays.
             StoreError: the storage failed.
         """
-        missing = f"{PRESENT} AND NOT EXISTS (SELECT 1 FROM vectors WHERE change = c.id AND model = %s) LIMIT %s"
+        missing = f"{PRESENT} AND NOT EXISTS (SELECT 1 FROM vectors WHERE change = p.change AND model = %s) LIMIT %s"
         done = 0
         while True:
             with self.bank.store.guard("read"), self.bank.store.connection() as connection:

@@ -29,7 +29,7 @@ from memfactory.search.slots import Slots
 from memfactory.search.tokens import ENGLISH, words
 
 VERSION = "1"
-"""Of the tables. There is no migration: an index is made again from its bank."""
+"""Of the tables, and of how `words` cuts text. There is no migration: an index is made again from its bank."""
 QUERY_WORDS = 64
 """Different words of a query that are looked for."""
 TIDY_EVERY = 50
@@ -201,7 +201,7 @@ class LanceSearcher:
         asked = self.embedder.embed([self.query_prefix + query])[0]  # (d,)
         with self._guard("searched"):
             search = self._table.search(asked, vector_column_name="vector").distance_type("dot")
-            # of an approximate index (see `approximate`): cells that are read, and how many times k is compared exactly
+            # of an approximate index, how many cells are read, and how many times k are compared exactly
             search = search.nprobes(64).refine_factor(20).select(["number", "entry", "_distance"])
             return self._hits(search.limit(k), lambda row: 1 - row["_distance"], k)
 

@@ -19,6 +19,7 @@ from memfactory.episode import Operation
 from memfactory.errors import StoreError
 from memfactory.memory.operations import Limits
 from memfactory.search import BM25Searcher, sync
+from memfactory.search.tokens import words
 
 psycopg = pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'memfactory[postgres]'")
 from memfactory.memory import postgres_schema  # noqa: E402
@@ -293,6 +294,13 @@ def test_more_words_than_the_index_can_hold_are_kept_as_text(open_store: Open) -
     assert [hit.entry.id for hit in bank.match("word7", 5)] == ["e1"]
     assert {hit.entry.id for hit in bank.match("a", 5)} == {"e2"}
     assert {hit.entry.id for hit in bank.match("a" * 300_000, 5)} == {"e3"}, "compared up to a length"
+
+
+def test_words_are_cut_as_they_were_when_they_were_stored() -> None:
+    found = words("It's Anna_Müller's 2nd ﬁg; ÅNGSTRÖM x1.5 हिन्दी 東京都 a-b")
+    assert " ".join(found) == "it s anna müller s 2nd fig ångström x1 5 हिन्दी 東京 京都 a b", (
+        "databases hold words cut the old way: raise VERSION in postgres_schema.py and lance.py, with a migration"
+    )
 
 
 def test_odd_text_is_readable_in_sql_and_exact_here(store: PostgresStore) -> None:
