@@ -92,6 +92,20 @@ def test_after_any_history_it_knows_every_entry(changes: list) -> None:
                 assert index.search(entry.text, 1)[0].entry.text == entry.text
 
 
+@pytest.mark.parametrize("changed", [0, 1], ids=["the first", "the fork"])
+def test_forks_do_not_write_into_each_other(monkeypatch: pytest.MonkeyPatch, changed: int) -> None:
+    monkeypatch.setattr(coarse, "AT_LEAST", 10)
+    searcher, _ = searchers(LOW_RANK)
+    searcher.put(entries(300))
+    searcher.search("first", 1)
+    both = [searcher, searcher.fork()]
+    both[changed].put([Entry(entry.id, f"changed {entry.id}") for entry in entries(50)])
+    both[changed].search("second", 1)
+    for index in both:
+        for entry in index.entries()[:50]:
+            assert index.search(entry.text, 1)[0].entry == entry
+
+
 def test_vectors_without_directions_are_searched_exactly() -> None:
     class Round(LowRank):
         def embed(self, texts: Sequence[str]) -> np.ndarray:

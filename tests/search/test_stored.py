@@ -462,6 +462,39 @@ def test_two_processes_see_what_the_other_writes(store: SqliteStore, use: Cached
     assert other.returncode == 0
 
 
+RACING = """
+import sys
+from memfactory.episode import Operation
+from memfactory.memory.sqlite import SqliteStore
+from memfactory.search import kept
+from memfactory.search.stored import StoredSearcher
+
+kept.AT_ONCE = 3
+bank = SqliteStore(sys.argv[1]).bank("anna")
+searcher = StoredSearcher(bank, {"name": "hybrid"})
+for index in range(20):
+    text = f"{sys.argv[2]} has boat number {index}"
+    bank.apply(Operation("ADD", text=text))
+    assert searcher.search(text, 1)[0].entry.text == text
+"""
+
+
+def test_processes_that_write_embed_and_search_at_once(tmp_path: Path, use: CachedEmbedder) -> None:
+    path = tmp_path / "bank.db"
+    with SqliteStore(path) as store:
+        store.bank("anna").apply_all([add(f"an old fact, number {index}") for index in range(30)])
+    processes = [python(RACING, str(path), name) for name in ("Ben", "Cleo")]  # both find 30 texts without a vector
+    for process in processes:
+        process.communicate()
+    assert [process.returncode for process in processes] == [0, 0]
+    with SqliteStore(path) as store:
+        bank = store.bank("anna")
+        searcher = StoredSearcher(bank, {"name": "hybrid"}, embedder=use)
+        assert all(searcher.search(entry.text, 1)[0].entry == entry for entry in bank.entries())
+        assert store.connection().execute("SELECT COUNT(*) FROM embedders").fetchone() == (1,)
+        assert store.connection().execute("SELECT COUNT(*) FROM vectors").fetchone() == (70,)
+
+
 def test_threads_share_a_searcher(store: SqliteStore, use: CachedEmbedder) -> None:
     bank, errors = store.bank("anna"), list[BaseException]()
     searcher = StoredSearcher(bank, {"name": "hybrid"}, embedder=use)
