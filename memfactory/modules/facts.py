@@ -11,7 +11,7 @@ from memfactory.episode import Message
 from memfactory.errors import ModelOutputError
 from memfactory.modules.base import user_message
 from memfactory.modules.parsing import strip_reasoning
-from memfactory.modules.reading_json import json_items, text_of
+from memfactory.modules.reading_json import json_items, sound, text_of
 
 _MOST = 256
 """Facts that one reply may bring; what follows is left out."""
@@ -47,11 +47,12 @@ class ReadState:
 
 FACTS_PROMPT = (
     "You keep a memory of a conversation. Below is one session{% if when %}, held on {{ when }}{% endif %}. List "
-    "every fact in it that may matter later: about people, plans, preferences, events. One sentence each, with names "
-    "instead of pronouns, and with relative dates (yesterday, next week) resolved to calendar dates.\n"
+    "every fact in it{% if speaker %} about {{ speaker }}{% endif %} that may matter later: about people, plans, "
+    "preferences, events. One sentence each, with names instead of pronouns, and with relative dates (yesterday, next "
+    "week) resolved to calendar dates.\n"
     "<session>\n{{ chunk }}\n</session>\n"
     'Reply with a JSON list of objects {"text": the fact, "key": person.topic, "time": YYYY-MM-DD or "", '
-    '"source": the words it is taken from}. Reply [] if nothing matters.'
+    '"speaker": who said it, "source": the words it is taken from}. Reply [] if nothing matters.'
 )
 
 TOPICS_PROMPT = (
@@ -69,10 +70,10 @@ class FactExtractor:
     """A model lists facts with keys, times and sources (the extraction of Mem0 and Memory-R1, arXiv 2508.19828)."""
 
     prompt: str = FACTS_PROMPT
-    """Jinja template; variables `chunk`, `when`, `time`, `speakers`."""
+    """Jinja template; variables `chunk`, `when`, `time`, `speakers`, and `speaker` under `per_speaker`."""
     name: str = "extract"
     per_speaker: bool = False
-    """One turn for each speaker instead of one for the chunk; then the template also has `speaker`."""
+    """One turn for each speaker instead of one for the chunk."""
 
     def render(self, state: ReadState) -> list[Message]:
         return user_message(self.prompt, **asdict(state))
@@ -90,8 +91,7 @@ class FactExtractor:
         return found
 
     def write(self, result: Sequence[Fact]) -> str:
-        names = ("text", "key", "time", "source")
-        return json.dumps([{name: getattr(fact, name) for name in names} for fact in result])
+        return json.dumps([_written(fact) for fact in result])
 
 
 @dataclass(frozen=True)
@@ -112,20 +112,28 @@ class TopicExtractor:
         Raises:
             ModelOutputError: neither a JSON list nor NO_TRAIT.
         """
-        if "NO_TRAIT" in (reply := strip_reasoning(text)) and "[" not in reply:
-            return []
-        items = json_items(text, "extracted_memories", "topics", "summaries")
-        found = [fact for item in items[:_MOST] if (fact := _fact(item)) is not None]
+        try:
+            items = json_items(text, "extracted_memories", "topics", "summaries")
+        except ModelOutputError:
+            if _NOTHING in strip_reasoning(text):
+                return []
+            raise
+        items = [item for item in items[:_MOST] if item != _NOTHING]
+        found = [fact for item in items if (fact := _fact(item)) is not None]
         if items and not found:
             raise ModelOutputError("no item of the list is a topic", "each needs a summary")
         return found
 
     def write(self, result: Sequence[Fact]) -> str:
         if not result:
-            return "NO_TRAIT"
-        return json.dumps([{"summary": f.text, "reference": [int(n) for n in f.source.split()]} for f in result])
+            return _NOTHING
+        numbers = [[int(word) for word in fact.source.split() if _NUMBER.fullmatch(word)] for fact in result]
+        return json.dumps([{"summary": f.text, "reference": lines} for f, lines in zip(result, numbers, strict=True)])
 
 
+_NOTHING = "NO_TRAIT"
+"""What stands instead of topics where there are none."""
+_NUMBER = re.compile(r"[0-9]{1,9}")
 _LINE = re.compile(r"\s*([^:\n]{1,80}?)\s*:\s+(\S.*)")
 
 
@@ -149,16 +157,33 @@ class LineExtractor:
         return found
 
 
+def _written(fact: Fact) -> dict[str, str]:
+    fields = {"text": fact.text, "key": fact.key, "time": fact.time, "source": fact.source}
+    return fields | ({"speaker": fact.speaker} if fact.speaker else {})
+
+
+@dataclass(frozen=True)
+class ChunkExtractor:
+    """The chunk is one fact, as it stands: for data whose chunks are facts already, e.g. bank files. No model."""
+
+    name: str = "extract"
+
+    def apply(self, state: ReadState) -> list[Fact]:
+        text = state.chunk.strip()
+        return [Fact(text, time=state.time, source=text)] if text else []
+
+
 def _fact(item: object) -> Fact | None:
     if isinstance(item, str) and item.strip():
-        return Fact(item.strip())
+        return Fact(sound(item).strip())
     if not isinstance(item, dict):
         return None
     try:
         text = text_of(item, "text", "fact", "summary", "memory")
         reference = item.get("reference")
         if isinstance(reference, list):
-            source = " ".join(str(n) for n in reference if isinstance(n, int) and not isinstance(n, bool))
+            numbers = [str(n) for n in reference if isinstance(n, int | str) and not isinstance(n, bool)]
+            source = " ".join(number for number in numbers if _NUMBER.fullmatch(number))
         else:
             source = text_of(item, "source")
         fact = Fact(text, text_of(item, "key"), text_of(item, "time"), source, text_of(item, "speaker"))

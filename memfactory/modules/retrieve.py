@@ -34,7 +34,8 @@ class Retriever:
     related: int = 10
     """Entries beside a new fact, at most."""
     per_speaker: bool = False
-    """Share `k` equally among the speakers (the tags of entries) instead of taking the best whoever said them."""
+    """Share `k` equally among the speakers (the tags of entries) instead of taking the best whoever said them. Entries
+    of nobody fill what is left."""
     search: Mapping[str, Any] = field(default_factory=dict)
     """How: the options of :class:`memfactory.search.build.SearchOptions`. Default BM25."""
     control: Control = Control.NONE
@@ -96,10 +97,15 @@ class Retrieval:
         each = -(-options.k // len(speakers))
         ranking = [hit.entry for hit in self.searcher.search(question, len(self.searcher))]
         left = dict.fromkeys(speakers, each)
-        found = []
-        for entry in ranking:
+        places: list[int] = []
+        nobodys: list[int] = []
+        for place, entry in enumerate(ranking):
             owner = next((tag for tag in entry.tags if tag in left), None)
-            if owner is not None and left[owner]:
+            if owner is None:
+                nobodys.append(place)
+            elif left[owner]:
                 left[owner] -= 1
-                found.append(entry)
-        return tuple(found[: options.k])
+                places.append(place)
+        places = places[: options.k]
+        places += nobodys[: options.k - len(places)]
+        return tuple(ranking[place] for place in sorted(places))

@@ -15,7 +15,7 @@ from memfactory.memory.operations import Refusal
 from memfactory.modules.base import user_message
 from memfactory.modules.facts import Fact
 from memfactory.modules.parsing import strip_reasoning
-from memfactory.modules.reading_json import json_items, text_of
+from memfactory.modules.reading_json import json_items, sound, text_of
 
 _MOST = 256
 """Operations that one reply may ask for; the rest is refused."""
@@ -124,7 +124,9 @@ class EventUpdater:
         return json.dumps({"memory": [_item(operation, "event") for operation in result]})
 
 
-_MERGE = re.compile(r"Merge\(\s*([^\s,()]{1,64})\s*,\s*(.*)\)", re.DOTALL | re.IGNORECASE)
+_MERGE = re.compile(r"Merge\(\s*([^\s,()]{1,64})\s*,", re.IGNORECASE)
+_BRACKETS = re.compile(r"[()\n]")
+_LINE_END = re.compile(r"\)(?=[\s.;`*\"']*(?:\n|\Z))")
 _ADD = re.compile(r"Add\(\s*\)", re.IGNORECASE)
 
 
@@ -148,8 +150,8 @@ class MergeUpdater:
         """
         reply = strip_reasoning(text)
         merge = _MERGE.search(reply)
-        if merge is not None:
-            return [Operation(Verb.UPDATE.value, merge[1], merge[2].strip())]
+        if merge is not None and (merged := _closed(reply[merge.end() :])) is not None:
+            return [Operation(Verb.UPDATE.value, sound(merge[1]), sound(merged).strip())]
         if _ADD.search(reply) is not None:
             return [Operation(Verb.ADD.value)]
         raise ModelOutputError("the reply says neither Add() nor Merge(ID, text)", reply[:40])
@@ -157,6 +159,27 @@ class MergeUpdater:
     def write(self, result: Sequence[Operation]) -> str:
         verbs = {"ADD": "Add()", "UPDATE": "Merge({0.target}, {0.text})"}
         return "\n".join(verbs[operation.verb].format(operation) for operation in result)
+
+
+def _closed(text: str) -> str | None:
+    """What stands before the bracket that closes a Merge; None where there is none.
+
+    Brackets in pairs belong to the text, or to prose behind it; one too many on the same line is a later end, as
+    after a smiley. Where more are opened than closed, the first that ends a line counts, else the last.
+    """
+    depth, end = 1, -1
+    for bracket in _BRACKETS.finditer(text):
+        if bracket[0] == "\n":
+            if end >= 0:
+                break
+            continue
+        depth += 1 if bracket[0] == "(" else -1
+        if depth < 0 or (depth == 0 and end < 0):
+            depth, end = 0, bracket.start()
+    if end < 0:
+        found = _LINE_END.search(text)
+        end = found.start() if found else text.rfind(")")
+    return text[:end] if end >= 0 else None
 
 
 @dataclass(frozen=True)
@@ -214,23 +237,31 @@ def _render(prompt: str, state: UpdateState) -> list[Message]:
 def _operation(item: object, verbs: tuple[str, ...]) -> Operation:
     """One item of a JSON list as an operation; one that cannot be read carries why."""
     if not isinstance(item, dict):
-        return Operation("", text=str(item)[:200], error=Refusal.WRONG_TYPE.value)
+        return _unreadable(item)
     try:
         verb = text_of(item, *verbs)
         target, tags = item.get("id", item.get("target", "")), item.get("tags", [])
         if isinstance(target, int) and not isinstance(target, bool):
             target = str(target)  # a bare number names no entry; the bank says so
         fields = text_of(item, "text", "memory", "content"), text_of(item, "key"), text_of(item, "time")
-        labels = tuple(tag for tag in tags if isinstance(tag, str)) if isinstance(tags, list) else ()
+        labels = tuple(sound(tag) for tag in tags if isinstance(tag, str)) if isinstance(tags, list) else ()
         if target is not None and not isinstance(target, str):
             raise TypeError("id")
     except TypeError:
-        return Operation("", text=json.dumps(item, default=str)[:200], error=Refusal.WRONG_TYPE.value)
+        return _unreadable(item)
     text, key, time = fields
     spelled = _SPELLINGS.get(verb.upper(), verb[:64])
     if spelled in (Verb.ADD.value, Verb.NONE.value):
         target = "" if spelled == Verb.ADD.value else target
-    return Operation(spelled, target or "", text, key, labels, time)
+    return Operation(spelled, sound(target or ""), text, key, labels, time)
+
+
+def _unreadable(item: object) -> Operation:
+    try:
+        text = json.dumps(item)[:200]
+    except RecursionError:  # nested just as deep as it could be read
+        text = "nested too deeply"
+    return Operation("", text=text, error=Refusal.WRONG_TYPE.value)
 
 
 def _item(operation: Operation, verb: str) -> dict[str, Any]:
