@@ -16,6 +16,7 @@ from memfactory.policy.base import Sampling
 from memfactory.policy.routing import RoutedPolicy
 from memfactory.policy.transformers_backend import TransformersPolicy
 from memfactory.reward.faults import Faults
+from memfactory.reward.matching import exact_match
 from memfactory.reward.measure import Measuring
 from memfactory.reward.system import RewardSystem
 from memfactory.runs import RunFolder
@@ -42,9 +43,9 @@ class EvalResult:
     """What an evaluation measured."""
 
     metrics: dict[str, float] = field(default_factory=dict)
-    """``sampled_em``, ``greedy_em``: share of right answers. ``n``: tasks. ``*_failed``: episodes that could
-    not be scored and are in no mean. ``*_capture``, ``*_retain``: see :mod:`memfactory.evaluate.retention`;
-    absent where tasks carry no evidence."""
+    """``sampled_em``, ``greedy_em``: share of right answers; ``*_em/CATEGORY``: exact matches by `Probe.category`, as
+    the dataset numbers it. ``n``: tasks. ``*_failed``: episodes that could not be scored and are in no mean.
+    ``*_capture``, ``*_retain``: see :mod:`memfactory.evaluate.retention`; absent where tasks carry no evidence."""
     episodes: dict[str, list[Episode]] = field(default_factory=dict)
     """By split name: ``eval`` (sampled) and ``eval_greedy``."""
     faults: Faults = field(default_factory=Faults)
@@ -112,9 +113,20 @@ def _summarise(kind: str, episodes: Sequence[Episode], options: EvalOptions) -> 
             own = [v for episode in episodes if (v := episode.scores[weighted.name].value) is not None]
             if own:
                 metrics[f"{kind}_{weighted.name}"] = math.fsum(own) / len(own)
+    metrics |= {f"{kind}_em/{category}": share for category, share in _by_category(episodes).items()}
     capture, retain = capture_and_retention(episodes)
     if capture is not None:
         metrics[f"{kind}_capture"] = capture
     if retain is not None:
         metrics[f"{kind}_retain"] = retain
     return metrics
+
+
+def _by_category(episodes: Sequence[Episode]) -> dict[str, float]:
+    """Share of exact matches among the questions of each `Probe.category`; empty where questions have none."""
+    right: dict[str, list[bool]] = {}
+    for answer in (answer for episode in episodes for answer in episode.answers):
+        if answer.probe.category:
+            matched = answer.text is not None and exact_match(answer.text, answer.probe.answers)
+            right.setdefault(answer.probe.category, []).append(matched)
+    return {category: sum(own) / len(own) for category, own in sorted(right.items())}

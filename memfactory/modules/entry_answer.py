@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from memfactory.episode import Message
 from memfactory.errors import ModelOutputError
@@ -155,29 +156,32 @@ class DirectAnswer:
 
 @dataclass(frozen=True)
 class WordAnswer:
-    """``e3 goat``: the ids the answer rests on, then the answer, for models that know a few hundred words."""
+    """``e3 goat``: the ids the answer rests on, and the answer, for models that know a few hundred words."""
 
     prompt: str = WORDS_PROMPT
     """Jinja template; variables `question`, `entries` and `when`."""
+    cite: Literal["first", "last"] = "first"
+    """Whether ids stand before the answer or behind it (``goat e3``); read wherever they stand."""
     name: str = "answer"
 
     def render(self, state: EntriesState) -> list[Message]:
         return _render(self.prompt, state)
 
     def parse(self, text: str) -> Reply:
-        """Ids at the beginning, the answer behind them.
+        """The answer, and the ids before and behind it.
 
         Raises:
             ModelOutputError: there is no answer.
         """
         words = strip_reasoning(text).split()
-        count = next((n for n, word in enumerate(words) if ids_in(word) != [word]), len(words))
-        if count == len(words):
+        plain = [place for place, word in enumerate(words) if ids_in(word) != [word]]
+        if not plain:
             raise ModelOutputError("the reply holds no answer", " ".join(words)[:40])
-        return Reply(" ".join(words[count:]), tuple(dict.fromkeys(words[:count])))
+        start, end = plain[0], plain[-1] + 1
+        return Reply(" ".join(words[start:end]), tuple(dict.fromkeys([*words[:start], *words[end:]])))
 
     def write(self, result: Reply) -> str:
-        return " ".join([*result.cited, result.text])
+        return " ".join([*result.cited, result.text] if self.cite == "first" else [result.text, *result.cited])
 
 
 def _render(prompt: str, state: EntriesState) -> list[Message]:

@@ -12,6 +12,7 @@ from memfactory.recipe import nearest
 KINDS: dict[str, dict[str, str]] = {
     "extract": {
         "lines": "memfactory.modules.facts:LineExtractor",
+        "chunk": "memfactory.modules.facts:ChunkExtractor",
         "facts": "memfactory.modules.facts:FactExtractor",
         "topics": "memfactory.modules.facts:TopicExtractor",
     },

@@ -51,6 +51,10 @@ class Features(NamedTuple):
     noise: np.ndarray
     """(K,) g."""
 
+    def __repr__(self) -> str:
+        """Shapes alone: asyncio writes out the result of a finished task, and ten thousand numbers take a while."""
+        return f"Features(q {self.q.shape}, m {self.m.shape}, noise {self.noise.shape})"
+
 
 @dataclass(frozen=True, slots=True)
 class Lesson:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from memfactory.episode import Episode
 from memfactory.reward.dimension import Role
 from memfactory.reward.table import Column, Floats
 
@@ -137,3 +138,23 @@ def tracked(summaries: dict[str, dict[str, Any]], matrix: Floats) -> dict[str, f
         for (i, first), (j, second) in pairs:
             metrics[f"rewards/correlation/{first}~{second}"] = float(matrix[i, j])
     return metrics
+
+
+def same_state_share(episodes: Sequence[Episode]) -> float | None:
+    """Share of the decisions of groups that were made in one and the same state by all who made them.
+
+    A decision is the n-th turn of a module in the episodes of a group; its state is the prompt and the memory. Where
+    this is 1 a group compares decisions and nothing else; from the first decision on that changes the memory, members
+    of a group go different ways, and their later decisions are compared across states (re-rolls bring this up, see
+    :mod:`memfactory.agents.rerolls`). None where no decision was made twice.
+    """
+    states: dict[tuple[str, str, int], list[tuple[str, tuple[int, ...]]]] = {}
+    for episode in episodes:
+        seen: Counter[str] = Counter()
+        for turn in episode.turns:
+            if turn.trainable:
+                slot = episode.group, turn.module, seen[turn.module]
+                states.setdefault(slot, []).append((turn.memory_before, tuple(turn.prompt_ids)))
+            seen[turn.module] += 1
+    shared = [len(set(own)) == 1 for own in states.values() if len(own) > 1]
+    return sum(shared) / len(shared) if shared else None

@@ -53,6 +53,7 @@ from memfactory.policy.models import eos_ids
 from memfactory.policy.routing import RoutedPolicy
 from memfactory.policy.transformers_backend import TransformersPolicy
 from memfactory.recipe import RolloutSection
+from memfactory.reward import statistics
 from memfactory.reward.advantage import GroupState
 from memfactory.reward.measure import Measuring
 from memfactory.reward.system import Assessment, RewardSystem
@@ -419,6 +420,8 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         mean("stop/length_share", [turn.stop is StopReason.LENGTH for turn in turns])
         mean("turns/unusable_share", [bool(turn.error) for turn in turns])
         mean("completions/mean_length", [len(turn.completion_ids) for turn in turns])
+        share = statistics.same_state_share(episodes)
+        mean("groups/same_state_share", [] if share is None else [share])
         generated = sum(len(turn.completion_ids) for turn in turns)
         metrics["tokens/generated"].append(self._reduce_sum(generated))
         metrics["episodes/count"].append(len(assessment.rewards))
