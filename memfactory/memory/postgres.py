@@ -163,7 +163,7 @@ class PostgresSnapshot:
 
 
 class PostgresStore:
-    """The banks of many owners in one schema of a PostgreSQL database (13 or newer, encoding UTF-8).
+    """The banks of many owners in one schema of a PostgreSQL database (encoding UTF-8; tested with 15 and 16).
 
     Args:
         dsn: as libpq takes it, ``postgresql://user@host/database``; what it leaves out comes from PGHOST and so on.

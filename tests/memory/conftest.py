@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
 import shutil
 import signal
 import subprocess
@@ -120,6 +121,18 @@ def postgres_server() -> Iterator[Server]:
         server.stop("immediate")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def example(name: str) -> str:
+    """The block of Python in the documentation of banks that mentions `name`."""
+    page = (Path(__file__).parents[2] / "docs" / "memory-bank.md").read_text()
+    (block,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.S) if name in block)
+    return str(block)
+
+
+@pytest.fixture
+def documented() -> Callable[[str], str]:
+    return example
 
 
 _NUMBERS = count(1)

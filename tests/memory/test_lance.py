@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,13 @@ def entry(number: int, text: str, key: str = "", owner: str = "anna", tags: tupl
 
 def ids(searcher: LanceSearcher, query: str, k: int = 10) -> list[str]:
     return [hit.entry.id for hit in searcher.search(query, k)]
+
+
+def test_the_documented_example_runs(
+    tmp_path: Path, documented: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(documented("LanceSearcher("), {})
 
 
 def test_it_is_a_searcher_that_finds_changes_and_forgets(tmp_path: Path) -> None:

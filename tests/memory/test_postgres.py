@@ -62,6 +62,11 @@ def sql(store: PostgresStore, statement: str, *values: Any) -> list[Any]:
         return cursor.fetchall() if cursor.description else []
 
 
+def test_the_documented_example_runs(postgres_server: Any, documented: Callable[[str], str]) -> None:
+    shown = documented("PostgresStore(")
+    exec(shown.replace('"postgresql://me@localhost/memory"', repr(postgres_server.dsn)), {})
+
+
 # --- owners ------------------------------------------------------------------------------------------------------
 
 
