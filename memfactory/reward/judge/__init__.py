@@ -7,8 +7,8 @@ parameter called ``judge`` and awaits ``judge.grade(RUBRIC, answer=..., gold=...
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
+from memfactory.endpoints import is_address
 from memfactory.errors import RecipeError
 from memfactory.recipe import JudgeSection
 from memfactory.reward.judge.base import Judge, Rubric
@@ -41,7 +41,7 @@ def build_judge(section: JudgeSection) -> Judge:
     """
     if section.base_url is None:
         return RuleJudge()
-    if not _is_address(section.base_url):
+    if not is_address(section.base_url):
         raise RecipeError("judge.base_url: not an address", "", "e.g. http://localhost:8000/v1")
     if not section.model:
         fix = "set judge.model to the name under which the endpoint serves it"
@@ -51,14 +51,6 @@ def build_judge(section: JudgeSection) -> Judge:
     except ModuleNotFoundError as error:
         raise RecipeError("judge.base_url", f"needs {error.name}", 'pip install "memfactory[judge]"') from error
     return ModelJudge(section)
-
-
-def _is_address(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # brackets or port
-        return False
 
 
 def __getattr__(name: str) -> Any:

@@ -8,11 +8,11 @@ from functools import partial
 
 from memfactory.episode import Score
 from memfactory.errors import JudgeError
+from memfactory.loops import PerLoop
 from memfactory.recipe import JudgeSection
 from memfactory.reward.judge.base import PREFERENCES, Rubric, check_fields
 from memfactory.reward.judge.cache import VerdictCache
 from memfactory.reward.judge.endpoint import Endpoint
-from memfactory.reward.judge.loops import PerLoop
 from memfactory.reward.judge.pairwise import check_pair, compared
 from memfactory.reward.judge.prompt import Question, Verdict, comparison, grading
 from memfactory.reward.judge.tally import Tally

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from tenacity import wait_random
 
-sys.path.insert(0, str(Path(__file__).parent))  # `judge_server` is shared by the files of this folder
+sys.path.insert(0, str(Path(__file__).parents[2]))  # `servers` is shared by folders of tests
 
-from judge_server import ChatServer
+from servers import ChatServer
 
+from memfactory.endpoints import chat
 from memfactory.recipe import JudgeSection
-from memfactory.reward.judge import ModelJudge, Rubric, endpoint
+from memfactory.reward.judge import ModelJudge, Rubric
 
 MakeJudge = Callable[..., ModelJudge]
 
@@ -33,7 +34,7 @@ def rubric() -> Rubric:
 @pytest.fixture
 def make_judge(server: ChatServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeJudge:
     """``make_judge(**recipe_keys)``: a judge that asks `server`, with a cache and short pauses."""
-    monkeypatch.setattr(endpoint, "BACKOFF", wait_random(0, 0.02))
+    monkeypatch.setattr(chat, "BACKOFF", wait_random(0, 0.02))
     defaults = {"base_url": server.url, "model": "grader", "deadline": 20.0, "cache": str(tmp_path / "judge.sqlite")}
 
     def make(**changes: object) -> ModelJudge:

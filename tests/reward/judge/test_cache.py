@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from judge_server import ChatServer, Reply, fields_of
+from servers import ChatServer, Reply, fields_of
 
 from memfactory.reward.judge import Rubric, cache
 from memfactory.reward.judge.cache import CacheWarning

@@ -10,7 +10,7 @@ from itertools import product
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from judge_server import ChatServer, Reply, fields_of
+from servers import ChatServer, Reply, fields_of
 
 from memfactory.errors import DataError
 from memfactory.reward.judge import Example, Pair, Rubric, RuleJudge, calibrate, load_examples

@@ -8,11 +8,12 @@ import time
 from email.utils import formatdate
 
 import pytest
-from judge_server import ChatServer, Reply, fields_of
+from servers import ChatServer, Reply, fields_of
 
+from memfactory.endpoints.chat import is_local
 from memfactory.errors import JudgeError, RecipeError
 from memfactory.recipe import JudgeSection
-from memfactory.reward.judge import ModelJudge, RuleJudge, build_judge, endpoint
+from memfactory.reward.judge import ModelJudge, RuleJudge, build_judge
 
 
 def first_fail(*failures: Reply):
@@ -32,6 +33,8 @@ TRANSIENT = {
     "a list": (Reply(body=b"[]"), "garbage"),
     "deep": (Reply(body=b"[" * 100_000), "garbage"),
     "null": (Reply(body=b'{"choices": [{"message": {"content": null}}]}'), "verdict"),
+    "200 with an error": (Reply(body=b'{"error": {"code": 502, "message": "the model is away"}}'), "server"),
+    "200 with a rate limit": (Reply(body=b'{"error": {"code": 429}, "choices": []}'), "rate_limit"),
     "prose": (Reply("I would say yes."), "verdict"),
     "cut": (Reply(cut="length"), "cut"),
     "cut chunks": (Reply(cut="chunked"), "cut"),
@@ -231,7 +234,7 @@ def test_a_local_server_is_not_asked_through_a_proxy(make_judge, server, rubric,
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     assert asyncio.run(make_judge(attempts=1).grade(rubric, answer="x")).value == 1.0
-    assert not endpoint.is_local("https://judge.example.org/v1")
+    assert not is_local("https://judge.example.org/v1")
 
 
 def test_pauses_are_jittered(make_judge, server, rubric, monkeypatch) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import json
 
 import pytest
-from judge_server import ChatServer, Reply, fields_of
+from servers import ChatServer, Reply, fields_of
 
 from memfactory.errors import JudgeError, RewardError
 from memfactory.recipe import JudgeSection

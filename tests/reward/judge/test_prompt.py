@@ -9,7 +9,7 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from judge_server import ChatServer, Reply, fields_of
+from servers import ChatServer, Reply, fields_of
 
 from memfactory.errors import JudgeError, RewardError
 from memfactory.reward.judge import Rubric

@@ -1,10 +1,13 @@
-"""How a request can fail, which failures are worth another attempt, and what the reader can do about the rest."""
+"""How a request can fail, and which failures are worth another attempt."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from time import time
+from typing import Any
 
 import httpx
 
@@ -26,34 +29,31 @@ class Failure(StrEnum):
     """The reply is no chat completion."""
     VERDICT = "verdict"
     """A chat completion, but no verdict of the rubric."""
+    EMPTY = "empty"
+    """A chat completion without a text."""
     REFUSED = "refused"
     """Any other status: asking again would change nothing."""
+    ADDRESS = "address"
+    """No request can be made of the address or the key."""
     DEADLINE = "deadline"
-    """The time for this verdict is over."""
+    """The time for this reply is over."""
 
 
-FINAL = (Failure.REFUSED, Failure.DEADLINE)
+FINAL = (Failure.REFUSED, Failure.ADDRESS, Failure.DEADLINE)
+UNUSABLE = (Failure.VERDICT, Failure.EMPTY)
+"""The server did its part and the model did not: a second attempt is worth it, a third is not."""
 
-FIXES = {
-    Failure.RATE_LIMIT: "lower judge.concurrency, or set judge.requests_per_minute and judge.tokens_per_minute",
-    Failure.TIMEOUT: "raise judge.deadline, or lower judge.concurrency",
-    Failure.SERVER: "look at the log of the judge's server",
-    Failure.CONNECTION: "check judge.base_url and that its server runs",
-    Failure.CUT: "look at the log of the judge's server, or of the proxy before it",
-    Failure.GARBAGE: "judge.base_url must be an OpenAI-compatible endpoint, e.g. http://localhost:8000/v1",
-    Failure.VERDICT: "use a model and server that support structured output, or raise judge.max_tokens",
-    Failure.REFUSED: "see the server's message",
-    Failure.DEADLINE: "raise judge.deadline, or lower judge.concurrency",
-}
 
-STATUS_FIXES = {
-    400: "check judge.model, judge.max_tokens and that the server supports response_format json_schema",
-    401: "put a valid key into the environment variable named by judge.api_key_env",
-    403: "the key may not use this model: check judge.model and judge.api_key_env",
-    404: "check judge.base_url (it usually ends in /v1) and judge.model",
-    413: "the text to grade is too long for the server",
-    422: "check judge.model and that the server supports response_format json_schema",
-}
+@dataclass(frozen=True, slots=True)
+class Fixes:
+    """What the reader can do about a failure, in the words of the recipe's section that asks."""
+
+    kinds: Mapping[Failure, str]
+    statuses: Mapping[int, str] = field(default_factory=dict)
+    """Of `Failure.REFUSED`, by HTTP status; where it says nothing, `kinds` does."""
+
+    def of(self, failed: RequestFailed) -> str:
+        return failed.fix or self.statuses.get(failed.status or 0) or self.kinds.get(failed.kind, "")
 
 
 class RequestFailed(Exception):
@@ -62,25 +62,44 @@ class RequestFailed(Exception):
     Args:
         kind: its class.
         why: what happened, for the message.
-        fix: what the reader can do; empty takes the class's usual one.
+        fix: what the reader can do, where that is the same whoever asks.
         retry_after: seconds the server asked to wait.
+        status: HTTP status of a request that was refused.
     """
 
-    def __init__(self, kind: Failure, why: str, fix: str = "", retry_after: float = 0.0) -> None:
-        self.kind, self.why, self.fix = kind, why, fix or FIXES[kind]
-        self.retry_after = retry_after
+    def __init__(
+        self, kind: Failure, why: str, fix: str = "", retry_after: float = 0.0, status: int | None = None
+    ) -> None:
+        self.kind, self.why, self.fix = kind, why, fix
+        self.retry_after, self.status = retry_after, status
         super().__init__(why)
 
 
 def of_status(response: httpx.Response) -> RequestFailed:
     """The failure that a status other than 2xx stands for."""
     status = response.status_code
+    why = f"the server answered {status} {response.reason_phrase}".rstrip()
+    return _of_code(status, why, response.text, retry_after(response))
+
+
+def of_error(error: Any, response: httpx.Response) -> RequestFailed:
+    """The failure that an ``error`` in the body of a reply stands for, whatever the reply's status says.
+
+    Routers that began to answer before the model behind them failed can say so only there.
+    """
+    code = error.get("code") if isinstance(error, dict) else None
+    text = str(error.get("message") or error) if isinstance(error, dict) else str(error)
+    status = code if isinstance(code, int) and 400 <= code < 600 else 500
+    why = f"the server answered {response.status_code} with an error" + (f" {code}" if code else "")
+    return _of_code(status, why, text, retry_after(response))
+
+
+def _of_code(status: int, why: str, text: str, pause: float) -> RequestFailed:
     # a server may quote the key back in these two
-    said = "" if status in (401, 403) else " ".join(response.text.split())[:200]
-    why = f"the server answered {status} {response.reason_phrase}".rstrip() + (f": {said}" if said else "")
-    if status == 429 and "insufficient_quota" in response.text:
+    said = "" if status in (401, 403) else " ".join(text.split())[:200]
+    why += f": {said}" if said else ""
+    if status == 429 and "insufficient_quota" in text:
         return RequestFailed(Failure.REFUSED, why, "the account behind the key has no credit left")
-    pause = retry_after(response)
     why += f" (asking to wait {pause:g} s)" if pause else ""
     if status == 429:
         return RequestFailed(Failure.RATE_LIMIT, why, retry_after=pause)
@@ -88,14 +107,14 @@ def of_status(response: httpx.Response) -> RequestFailed:
         return RequestFailed(Failure.TIMEOUT, why, retry_after=pause)
     if status >= 500:
         return RequestFailed(Failure.SERVER, why, retry_after=pause)
-    return RequestFailed(Failure.REFUSED, why, STATUS_FIXES.get(status, ""))
+    return RequestFailed(Failure.REFUSED, why, status=status)
 
 
 def of_transport(error: Exception) -> RequestFailed:
     """The failure that an exception of httpx stands for."""
     why = f"{type(error).__name__}: {error}".rstrip(": ")
     if isinstance(error, httpx.InvalidURL | httpx.UnsupportedProtocol | httpx.LocalProtocolError):
-        return RequestFailed(Failure.REFUSED, why, "check judge.base_url and the key in judge.api_key_env")
+        return RequestFailed(Failure.ADDRESS, why)
     if isinstance(error, httpx.TimeoutException):
         return RequestFailed(Failure.TIMEOUT, why)
     if isinstance(error, httpx.RemoteProtocolError | httpx.ReadError):

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import weakref
 
-from memfactory.reward.judge.loops import PerLoop
+from memfactory.loops import PerLoop
 
 
 class Thing:

@@ -15,11 +15,12 @@ from typing import Any
 class Reply:
     """What the server sends; `cut` closes the connection in the middle of the body."""
 
-    text: str = '{"reason": "it fits", "verdict": "yes"}'
+    text: str | None = '{"reason": "it fits", "verdict": "yes"}'
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     delay: float = 0.0
     usage: dict[str, int] | None = field(default_factory=lambda: {"prompt_tokens": 100, "completion_tokens": 10})
+    finish: str | None = "stop"
     body: bytes | None = None
     """Instead of a chat completion around `text`."""
     cut: str = ""
@@ -28,7 +29,7 @@ class Reply:
     def content(self) -> bytes:
         if self.body is not None:
             return self.body
-        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": self.text}}
+        choice = {"index": 0, "finish_reason": self.finish, "message": {"role": "assistant", "content": self.text}}
         return json.dumps({"choices": [choice]} | ({"usage": self.usage} if self.usage else {})).encode()
 
 
