@@ -40,8 +40,8 @@ class BankAgent:
     Extraction does not look at the bank, so that of all chunks is asked at once; updates follow each other, because
     each sees what the one before left; questions due at the same time are asked at once.
 
-    A task with ``metadata["memory"]``, a list of ``{"id", "text"}`` and perhaps `key`, `tags`, `time`, begins with
-    those entries.
+    A task with ``metadata["memory"]``, a list of ``{"text"}`` and perhaps `key`, `tags`, `time`, begins with those
+    entries; the bank gives them ids of its own.
     """
 
     extract: Options = field(default_factory=lambda: {"kind": "facts"})
@@ -127,6 +127,8 @@ class _Run:
         """What was there before: its turns are not turns of this episode."""
         self.retrieval: Retrieval = agent.retriever.open(bank)
         self.sessions: Sequence[Mapping[str, Any]] = task.metadata.get("sessions", ())
+        self.answers: dict[int, Answer] = {}
+        """By number of the question; they may be asked in another order."""
 
     async def everything(self) -> Episode:
         task, episode = self.task, self.episode
@@ -139,6 +141,7 @@ class _Run:
             episode.turns += turns
             await self.learn(index, facts)
             await self.ask_due(index + 1)
+        episode.answers = [self.answers[number] for number in range(len(task.probes))]
         episode.memory = text_of(self.bank)
         return episode
 
@@ -187,7 +190,11 @@ class _Run:
     async def learn(self, index: int, facts: Sequence[Fact]) -> None:
         """Bring the bank up to date with the facts of a chunk."""
         updater = self.agent.updater
-        batches = [[fact] for fact in facts] if updater.per_fact else [list(facts)] if facts else []
+        # the facts of different speakers apart, so that it is known of whom each new entry speaks
+        by_speaker: dict[str, list[Fact]] = {}
+        for fact in facts:
+            by_speaker.setdefault(fact.speaker, []).append(fact)
+        batches = [[fact] for fact in facts] if updater.per_fact else list(by_speaker.values())
         for number, batch in enumerate(batches):
             state = UpdateState(tuple(batch), self.retrieval.related([fact.text for fact in batch]))
             if hasattr(updater, "apply"):
@@ -223,13 +230,13 @@ class _Run:
         due = [
             (number, probe)
             for number, probe in enumerate(self.task.probes)
-            if min(probe.after if probe.after is not None else last, last) == read
+            if min(max(probe.after, 0) if probe.after is not None else last, last) == read
         ]
         asked = await asyncio.gather(*(self.reply(number, probe) for number, probe in due))
-        for turns, answer in asked:
+        for (number, _), (turns, answer) in zip(due, asked, strict=True):
             answer.turn = len(self.episode.turns) + len(turns) - 1
             self.episode.turns += turns
-            self.episode.answers.append(answer)
+            self.answers[number] = answer
 
     async def reply(self, number: int, probe: Probe) -> tuple[list[Turn], Answer]:
         agent, task, question = self.agent, self.task, probe.question
@@ -298,16 +305,20 @@ def _given(entry: Mapping[str, Any]) -> Operation:
 
 
 def _completed(operation: Operation, facts: Sequence[Fact]) -> Operation:
-    """What an operation on one fact leaves out is the fact's; who said it is a tag, when it was said its time."""
+    """`operation` with what it leaves out: from the fact whose words it repeats, or else what all `facts` share."""
     if operation.error or operation.verb not in (Verb.ADD.value, Verb.UPDATE.value):
         return operation
-    if len(facts) > 1:
-        return replace(operation, time=operation.time or facts[0].time)
-    fact = facts[0]
+    about = [fact for fact in facts if fact.text == operation.text][:1] or facts
+    shared = {name: _common([getattr(fact, name) for fact in about]) for name in ("text", "key", "time", "speaker")}
     return replace(
         operation,
-        text=operation.text or fact.text,
-        key=operation.key or fact.key,
-        time=operation.time or fact.time,
-        tags=operation.tags or ((fact.speaker,) if fact.speaker else ()),
+        text=operation.text or shared["text"],
+        key=operation.key or shared["key"],
+        time=operation.time or shared["time"],
+        tags=operation.tags or ((shared["speaker"],) if shared["speaker"] else ()),
     )
+
+
+def _common(values: Sequence[str]) -> str:
+    """The one value there is; empty where there are several."""
+    return values[0] if len(set(values)) == 1 else ""
