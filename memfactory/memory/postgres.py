@@ -189,6 +189,8 @@ class PostgresStore:
         limits: Limits | None = None,
     ) -> None:
         self.schema, self.limits = schema, limits or Limits()
+        if not schema or len(schema.encode("utf-8", "replace")) > 63:  # the server would cut it, and not find it again
+            raise StoreError(f"no schema {schema!r}", "its name has no or more than 63 bytes", "give a shorter name")
         self.connections, self.wait_seconds, self.lock_seconds = connections, wait_seconds, lock_seconds
         try:
             named = conninfo_to_dict(dsn)
@@ -296,11 +298,12 @@ class PostgresStore:
         with self._lock:
             if self._closed:
                 raise StoreError(f"the store in {self.where} is closed", "close() was called", "open a new one")
-            if self._pid != os.getpid():
+            if self._pool is not None and self._pid != os.getpid():
                 # a pool that came through os.fork() must not be used in the child, and not even be closed
                 _INHERITED.append(self._pool)
-                self._pool, self._pid = None, os.getpid()
+                self._pool = None
             if self._pool is None:
+                self._pid = os.getpid()
                 self._pool = ConnectionPool(
                     kwargs=self._arguments,
                     min_size=1,
@@ -340,6 +343,8 @@ class PostgresStore:
             yield
         except PoolTimeout as error:
             raise StoreError(f"{self.where} could not be {done}", *self._why_no_connection()) from error
+        except UnicodeError as error:  # texts of entries never lead here, see `_UNSTORABLE`
+            raise StoreError(f"{self.where} could not be {done}", str(error), "give names that are UTF-8") from error
         except psycopg.Error as error:
             # a connection that was refused or lost has no SQLSTATE
             state = error.sqlstate or ("08" if isinstance(error, psycopg.OperationalError) else "")

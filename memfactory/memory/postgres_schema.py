@@ -81,6 +81,9 @@ VECTORS = (
 """Made by the first search by meaning: a server without pgvector has no type `vector`, and may get it later."""
 
 
+_TABLES_OF = "SELECT 1 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s"
+
+
 def prepare(connection: Any, schema: str) -> str:
     """Create the tables in the first schema of the search path, or bring older ones to `VERSION`; all or nothing.
 
@@ -104,14 +107,13 @@ def prepare(connection: Any, schema: str) -> str:
 
 
 def _create(connection: Any, schema: str) -> None:
-    query = "SELECT count(*) FROM pg_class WHERE relnamespace = to_regnamespace(quote_ident(%s))"
-    if connection.execute(query, (schema,)).fetchone()[0]:
+    if connection.execute(_TABLES_OF, (schema,)).fetchone():
         raise StoreError(
             f"the schema {schema!r} is not a memory bank",
             "it holds tables of another program",
             "name another schema, or a new one: PostgresStore(dsn, schema=...)",
         )
-    if connection.execute("SELECT to_regnamespace(quote_ident(%s))", (schema,)).fetchone()[0] is None:
+    if connection.execute("SELECT 1 FROM pg_namespace WHERE nspname = %s", (schema,)).fetchone() is None:
         connection.execute(_quoted(connection, "CREATE SCHEMA ", schema))
     for statement in TABLES:
         connection.execute(statement)
@@ -140,8 +142,8 @@ def _migrate(connection: Any, schema: str) -> None:
 
 
 def _has(connection: Any, schema: str, table: str) -> bool:
-    query = "SELECT to_regclass(quote_ident(%s) || '.' || quote_ident(%s))"
-    return connection.execute(query, (schema, table)).fetchone()[0] is not None
+    # not to_regclass: that may answer from a cache of before the lock was ours
+    return connection.execute(f"{_TABLES_OF} AND c.relname = %s", (schema, table)).fetchone() is not None
 
 
 def _about(connection: Any, schema: str) -> tuple[int, str]:

@@ -149,7 +149,7 @@ def test_forks_are_found_by_name_and_discarded(store: PostgresStore) -> None:
     fork.apply(add("y"))
     assert len(store.bank("anna", fork=fork.name)) == 2
     fork.discard()
-    for name in (fork.name, "\x00", "' OR true --"):
+    for name in (fork.name, "\x00", "\ud800", "' OR true --"):
         with pytest.raises(StoreError):
             store.bank("anna", fork=name)
     with pytest.raises(StoreError, match="not a fork"):
@@ -458,6 +458,26 @@ def test_an_older_schema_is_brought_up_or_refused(open_store: Open, monkeypatch:
     assert texts(store, "anna") == ["kept"]
 
 
+def test_many_may_create_one_schema_at_once(open_store: Open, postgres_schema: str) -> None:
+    ids, errors = set[str](), list[BaseException]()
+
+    def create(name: str, all_here: threading.Barrier) -> None:
+        try:
+            all_here.wait()
+            ids.add(open_store(schema=name).id)
+        except BaseException as error:
+            errors.append(error)
+
+    for turn in range(8):
+        arguments = (f"{postgres_schema} {turn}", threading.Barrier(5))
+        threads = [threading.Thread(target=create, args=arguments) for _ in range(5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert (errors, len(ids)) == ([], 8)
+
+
 def test_schemas_and_databases_that_are_no_bank(postgres_server: Any, open_store: Open) -> None:
     store = open_store()
     for table in ("mine (x int)", "about (x int)", "about (version text, store text)"):
@@ -480,6 +500,9 @@ def test_schema_names_are_data(open_store: Open) -> None:
         store = open_store(schema=schema)
         store.bank("anna").apply(add(schema))
         assert texts(open_store(schema=schema), "anna") == [schema]
+    for schema in ("", "x" * 64, "\x00", "\ud800", "pg_mine"):
+        with pytest.raises(StoreError, match="fix: "):
+            open_store(schema=schema)
 
 
 def test_a_role_that_may_not_is_told_what_it_needs(postgres_server: Any, open_store: Open) -> None:
