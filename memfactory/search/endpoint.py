@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from memfactory.errors import EngineError
+from memfactory.loops import BackgroundLoop
 
 PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 """HTTP states that may be gone at the next try."""
@@ -46,9 +47,9 @@ class EndpointEmbedder:
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.url, self.model, self.deadline, self.batch = f"{base_url.rstrip('/')}/embeddings", model, deadline, batch
         self.fingerprint = f"endpoint {model}"
+        self._background = BackgroundLoop("memfactory-embedder")
         self._client: Any = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._pid = 0
+        self._pid = os.getpid()
         self._lock = threading.Lock()
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
@@ -68,10 +69,9 @@ class EndpointEmbedder:
     def close(self) -> None:
         """Give the connections back."""
         with self._lock:
-            loop, client, self._loop = self._loop, self._client, None
-            if loop is not None and self._pid == os.getpid():
-                asyncio.run_coroutine_threadsafe(client.aclose(), loop).result()
-                loop.call_soon_threadsafe(loop.stop)
+            client, self._client = self._client, None
+            if client is not None and self._pid == os.getpid():
+                self._background.start(client.aclose()).result()
 
     def _batch(self, texts: list[str], end: float) -> np.ndarray:
         pause, why = 0.1, "no time was left to ask"
@@ -105,22 +105,23 @@ class EndpointEmbedder:
         httpx counts the time of each read by itself, so a server that sends a byte now and then is never too late.
         Only a loop can end a request as a whole; it runs in a thread of its own, because callers may have one.
         """
-        loop, client = self._started()
+        background, client = self._started()
 
         async def ask() -> Any:
             async with asyncio.timeout(seconds):
                 return await client.post(self.url, json=body, headers=self._headers, timeout=None)
 
-        return asyncio.run_coroutine_threadsafe(ask(), loop).result()
+        return background.start(ask()).result()
 
-    def _started(self) -> tuple[asyncio.AbstractEventLoop, Any]:
+    def _started(self) -> tuple[BackgroundLoop, Any]:
         """The loop and the connections of this process: after os.fork the child has no thread to run the parent's."""
         with self._lock:
-            if self._loop is None or self._pid != os.getpid():
-                self._loop, self._client = asyncio.new_event_loop(), self._httpx.AsyncClient()
+            if self._pid != os.getpid():
+                self._background, self._client = BackgroundLoop("memfactory-embedder"), None
                 self._pid = os.getpid()
-                threading.Thread(target=self._loop.run_forever, name="memfactory-embedder", daemon=True).start()
-            return self._loop, self._client
+            if self._client is None:
+                self._client = self._httpx.AsyncClient()
+            return self._background, self._client
 
     def _read(self, response: Any, n: int) -> np.ndarray:
         """The vectors in the order asked for: each item names its place, and servers need not keep the order."""
