@@ -93,6 +93,12 @@ class StoreError(MemFactoryError):
     fault = "store"
 
 
+class ServiceError(MemFactoryError):
+    """An endpoint behind a module did not answer. The episode that asked is unscorable, never 0."""
+
+    fault = "service"
+
+
 class EngineError(MemFactoryError):
     """The trainer, the inference engine or an installed library does not do what is relied upon."""
 

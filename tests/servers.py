@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -47,10 +49,15 @@ class ChatServer:
         self.times: list[float] = []
         self.most_at_once = self._at_once = 0
         self._lock = threading.Lock()
+        self._sockets: list[socket.socket] = []
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                super().setup()
+                server._sockets.append(self.connection)
 
             def do_POST(self) -> None:
                 server._handle(self)
@@ -77,8 +84,15 @@ class ChatServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.die()
+
+    def die(self) -> None:
+        """End as a process does that is killed: nobody listens any more, and open connections break off."""
         self._server.shutdown()
         self._server.server_close()
+        for connection in self._sockets:
+            with contextlib.suppress(OSError):  # closed already
+                connection.shutdown(socket.SHUT_RDWR)
 
     def _handle(self, handler: BaseHTTPRequestHandler) -> None:
         if handler.path != "/v1/chat/completions":
