@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from memfactory import Answer, Episode, ModelOutputError, Task
-from memfactory.agents import MemAgent
+from memfactory.agents import MemAgent, ask
 from memfactory.environments.fact_words import FactWords, seeded
 from memfactory.memory import TextMemory
 from memfactory.modules import AnswerState, WriteState, strip_reasoning
@@ -68,46 +68,43 @@ class CarefulAgent(MemAgent):
         question = task.probes[0].question
 
         for index, chunk in enumerate(self.chunks(task, policy)):
-            turn = await policy.generate(
-                self.filter.render(Look(question, chunk)), module=self.filter.name, max_tokens=self.max_filter_tokens
+            turn, matters = await ask(
+                policy,
+                self.filter,
+                Look(question, chunk),
+                max_tokens=self.max_filter_tokens,
+                prefix_key=f"{task.id}/filter/{index}",
             )
-            turn.prefix_key = f"{task.id}/filter/{index}"
             turn.memory_before = turn.memory_after = memory.text
             episode.turns.append(turn)
-            try:
-                matters = self.filter.parse(turn.text)
-            except ModelOutputError as error:  # when in doubt, read on
-                turn.error, matters = str(error), True
-            if not matters:
+            if matters is False:  # None: the reply could not be used, and then it reads on
                 turn.chunk = index  # the turn that settled this chunk: capture and retention count one for each
                 continue
 
-            state = WriteState(question, chunk, memory.text)
-            turn = await policy.generate(
-                self.writer.render(state), module=self.writer.name, max_tokens=self.max_memory_tokens
+            turn, text = await ask(
+                policy,
+                self.writer,
+                WriteState(question, chunk, memory.text),
+                max_tokens=self.max_memory_tokens,
+                chunk=index,
+                prefix_key=f"{task.id}/write/{index}",
             )
-            turn.chunk, turn.prefix_key, turn.memory_before = index, f"{task.id}/write/{index}", memory.text
-            try:
-                memory.write(self.writer.parse(turn.text), turn=len(episode.turns))
-            except ModelOutputError as error:  # the memory stays as it was
-                turn.error = str(error)
+            turn.memory_before = memory.text
+            if text is not None:
+                memory.write(text, turn=len(episode.turns))
             turn.memory_after = memory.text
             episode.turns.append(turn)
 
-        turn = await policy.generate(
-            self.answerer.render(AnswerState(question, memory.text)),
-            module=self.answerer.name,
+        turn, answer = await ask(
+            policy,
+            self.answerer,
+            AnswerState(question, memory.text),
             max_tokens=self.max_answer_tokens,
+            prefix_key=f"{task.id}/answer",
         )
-        turn.prefix_key = f"{task.id}/answer"
         turn.memory_before = turn.memory_after = memory.text
-        answer = Answer(task.probes[0], None, turn.text)
-        try:
-            answer.text = self.answerer.parse(turn.text)
-        except ModelOutputError as error:
-            turn.error = str(error)
+        episode.answers.append(Answer(task.probes[0], answer, turn.text, len(episode.turns)))
         episode.turns.append(turn)
-        episode.answers.append(answer)
         episode.memory = memory.text
         return episode
 
