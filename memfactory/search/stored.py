@@ -86,6 +86,9 @@ class StoredSearcher:
         """
         with self._lock:
             self._catch_up()
+            for part in self.parts:
+                if isinstance(part, DenseSearcher):
+                    part.prepare()
 
     def fork(self, bank: SqliteBank) -> StoredSearcher:
         """A searcher of `bank`, a fork of this one's or the bank it was forked from, that need not load it again.

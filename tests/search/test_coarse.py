@@ -106,6 +106,17 @@ def test_forks_do_not_write_into_each_other(monkeypatch: pytest.MonkeyPatch, cha
             assert index.search(entry.text, 1)[0].entry == entry
 
 
+def test_what_was_prepared_is_not_done_again() -> None:
+    searcher, _ = searchers(LOW_RANK)
+    searcher.prepare()
+    searcher.put(entries(300))
+    searcher.prepare()
+    ready = searcher._coarse
+    assert ready is not None
+    searcher.search("first", 1)
+    assert searcher._coarse is ready
+
+
 def test_vectors_without_directions_are_searched_exactly() -> None:
     class Round(LowRank):
         def embed(self, texts: Sequence[str]) -> np.ndarray:
