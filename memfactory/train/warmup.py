@@ -40,7 +40,7 @@ class TeachingEnvironment(Environment, Protocol):
 class _TeacherPolicy:
     """A policy that does as a teacher does. Its tokens are made from text: the one place where they are."""
 
-    greedy = False
+    greedy = True  # what draws without a model (a linear reranker) shows its best choice as well
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, teacher: Iterator[str] | Demonstration) -> None:
         self.tokenizer = tokenizer
