@@ -11,8 +11,10 @@ from typing import Any
 
 from memfactory.errors import RecipeErrors
 from memfactory.memory.entries import Bank, Entry
+from memfactory.memory.sqlite import SqliteBank
 from memfactory.search.base import Searcher, sync
 from memfactory.search.build import SearchOptions, build_searcher, check_search
+from memfactory.search.stored import StoredSearcher
 
 
 class Control(StrEnum):
@@ -53,18 +55,23 @@ class Retriever:
 
     def open(self, bank: Bank) -> Retrieval:
         """An index over `bank` that follows it."""
-        return Retrieval(self, bank, build_searcher(self._options, owner=bank.owner))
+        if isinstance(bank, SqliteBank):
+            return Retrieval(self, bank, StoredSearcher(bank, self._options))
+        searcher = build_searcher(self._options, owner=bank.owner)
+        sync(searcher, bank.entries())
+        return Retrieval(self, bank, searcher)
 
 
 class Retrieval:
     """A bank under search. `follow` after each change keeps the index in step with it."""
 
-    def __init__(self, options: Retriever, bank: Bank, searcher: Searcher) -> None:
+    def __init__(self, options: Retriever, bank: Bank, searcher: Searcher | StoredSearcher) -> None:
         self.options, self.bank, self.searcher = options, bank, searcher
-        sync(searcher, bank.entries())
 
     def follow(self, ids: Sequence[str]) -> None:
         """Take over what became of the entries `ids`; those that arrive together are embedded together."""
+        if isinstance(self.searcher, StoredSearcher):
+            return  # it reads what is new in the file when it is asked
         now = {id: self.bank.get(id) for id in ids}
         self.searcher.put([entry for entry in now.values() if entry is not None])
         self.searcher.remove([id for id, entry in now.items() if entry is None])
