@@ -171,7 +171,9 @@ def resident() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory", type=int, default=10_000, help="entries of the bank in memory (default: 10000)")
-    parser.add_argument("--disk", type=int, default=100_000, help="entries of the bank on disk (default: 100000)")
+    parser.add_argument(
+        "--disk", type=int, default=100_000, help="entries of the bank on disk (default: 100000; 0: none)"
+    )
     parser.add_argument("--queries", type=int, default=300, help="questions for each figure (default: 300)")
     parser.add_argument("--bank", type=Path, help="file of the bank on disk, used again where it is there (temporary)")
     parser.add_argument("--json", type=Path, help="also write the figures here")
@@ -185,7 +187,8 @@ def main() -> None:
     use = build_embedder(EmbedderOptions())
     figures = memory(options.memory, options.queries, asked, use)
     with tempfile.TemporaryDirectory() as folder:
-        figures |= disk(options.disk, options.queries, options.bank or Path(folder, "bank.db"), use)
+        if options.disk:
+            figures |= disk(options.disk, options.queries, options.bank or Path(folder, "bank.db"), use)
     for name, value in figures.items():
         goal = TARGETS.get(name)
         target = "" if goal is None else f"  target at most {goal:g}: {'met' if value <= goal else 'MISSED'}"
