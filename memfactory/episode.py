@@ -196,6 +196,9 @@ class Episode:
     reward: float | None = None
     """Aggregated reward; None when it could not be measured, and then it is in no baseline."""
     advantage: float = 0.0
+    failed: str = ""
+    """Why it could not be run to its end, ``FAULT: message``: a service or a store failed. Empty where it was. Such an
+    episode has no turns, is in no statistic and trains nothing."""
     snapshots: dict[int, Any] = field(default_factory=dict)
     """State of the store before each chunk was read, by its index, to run on from there; written to no file."""
 

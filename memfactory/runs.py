@@ -247,6 +247,7 @@ def episode_record(episode: Episode, *, tokens: bool = True) -> Record:
         "scores": _scores_record(episode.scores),
         "reward": _finite(episode.reward),
         "advantage": _finite(episode.advantage),
+        "failed": episode.failed,
     }
 
 
@@ -305,6 +306,7 @@ def episode_from_record(record: Record) -> Episode:
             scores=_scores(record["scores"]),
             reward=record["reward"],
             advantage=_or_nan(record["advantage"]),
+            failed=record.get("failed", ""),  # absent in older records
         )
 
 

@@ -8,7 +8,11 @@ from collections.abc import Callable, Sequence
 
 from memfactory.agents.base import Agent
 from memfactory.episode import Episode, Task
+from memfactory.errors import MemFactoryError, ServiceError, StoreError
 from memfactory.policy.base import Policy
+
+OUTSIDE = (ServiceError, StoreError)
+"""Faults of what stands outside the run and may be well again for the next episode."""
 
 
 def run_episodes(
@@ -18,15 +22,25 @@ def run_episodes(
 
     The policy decides what is computed together. Tasks may repeat; each run has a store of its own.
 
+    Where an endpoint or a store fails, the episode comes back with `Episode.failed` set and without turns, and the
+    others go on: it cannot be scored, so measuring leaves it out of everything and counts it.
+
     Args:
         on_done: called with each episode as it is finished, e.g. to begin its scoring; it must not block.
 
     Raises:
-        MemFactoryError: the first episode that raised; the others are cancelled.
+        MemFactoryError: the first episode that raised anything else; the others are cancelled.
     """
 
     async def one(task: Task) -> Episode:
-        episode = await agent.run(task, policy)
+        try:
+            episode = await agent.run(task, policy)
+        except (*OUTSIDE, ExceptionGroup) as error:
+            cause = _outside(error)
+            if cause is None:
+                raise
+            # what it did before is lost on purpose: a part of an episode has no outcome to be credited with
+            episode = Episode(task, failed=f"{cause.fault}: {cause}")
         episode.group = task.id
         if on_done is not None:
             on_done(episode)
@@ -54,3 +68,13 @@ def run_episodes(
     if outcome and isinstance(outcome[0], BaseException):
         raise outcome[0]
     return [episode for episode in outcome if isinstance(episode, Episode)]
+
+
+def _outside(error: Exception) -> MemFactoryError | None:
+    """The fault of the outside that `error` is, or is a group of (a TaskGroup raises one); None for any other."""
+    if isinstance(error, OUTSIDE):
+        return error
+    if isinstance(error, ExceptionGroup):
+        causes = [_outside(inner) for inner in error.exceptions]
+        return causes[0] if all(causes) else None
+    return None

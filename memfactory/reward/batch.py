@@ -16,7 +16,7 @@ import numpy as np
 
 from memfactory.episode import Episode, Score
 from memfactory.reward.credit import Link, Links
-from memfactory.reward.faults import Faults
+from memfactory.reward.faults import Faults, whose
 from memfactory.reward.table import Bools, Floats, Ints, codes
 
 _VALUE = attrgetter("value")
@@ -42,6 +42,8 @@ class Part:
     """What the judge did since the last batch."""
     links: list[list[Link]] = field(default_factory=list)
     """Of each episode; empty where nothing is attributed."""
+    failed: list[str] = field(default_factory=list)
+    """Of each episode, whose fault it is that it could not be run to its end; empty where it could."""
 
     @classmethod
     def of(
@@ -60,7 +62,10 @@ class Part:
         values = scores_of(episodes, names)
         reasons: Counter[tuple[str, str]] = Counter()
         own = [name for name in names if name not in names_of_turns]
+        failed = [whose(episode) for episode in episodes]
         for index in np.flatnonzero(np.isnan(values).any(axis=1)).tolist():
+            if failed[index]:
+                continue
             scores = episodes[index].scores
             reasons.update((name, scores[name].reason) for name in own if scores[name].value is None)
         turns = [turn for episode in episodes for turn in episode.turns] if names_of_turns else []
@@ -76,6 +81,7 @@ class Part:
             reasons=reasons,
             faults=faults,
             links=[] if attribute == "none" else [links_of(episode, attribute) for episode in episodes],
+            failed=failed,
         )
 
 
@@ -102,6 +108,8 @@ class Batch:
     faults: list[Faults]
     judge: dict[str, float]
     links: Links
+    failed: list[str]
+    """(N,) whose fault it is that an episode could not be run to its end; empty where it could."""
 
     @classmethod
     def of(cls, parts: Sequence[Part]) -> Batch:
@@ -125,7 +133,26 @@ class Batch:
             faults=[part.faults for part in parts],
             judge=_together([part.judge for part in parts]),
             links=Links.of([own for part in parts for own in part.links], [len(own) for own in modules]),
+            failed=[fault for part in parts for fault in part.failed],
         )
+
+    @property
+    def ran(self) -> Ints:
+        """Indices of the episodes that were run to their end: those that statistics are about. All, if none was."""
+        ran = np.flatnonzero([not fault for fault in self.failed])
+        return ran if ran.size else np.arange(len(self.failed))
+
+    def spread(self, values: Floats) -> Floats:
+        """(N,) `values` of the episodes in `ran`; NaN where an episode could not be run to its end."""
+        spread = np.full(len(self.failed), np.nan)
+        spread[self.ran] = values
+        spread[[bool(fault) for fault in self.failed]] = np.nan
+        return spread
+
+    @property
+    def comparable(self) -> Ints:
+        """(N,) `groups`, where those that could not be run to their end are apart from all others."""
+        return np.where([bool(fault) for fault in self.failed], self.groups.max(initial=-1) + 1, self.groups)
 
     @property
     def fault_count(self) -> Counter[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from dataclasses import dataclass, field
 
+from memfactory.episode import Episode
 from memfactory.errors import MemFactoryError
 
 MAX_EXAMPLES = 3
@@ -33,11 +34,24 @@ class Faults:
             own_texts += texts[: max(0, MAX_EXAMPLES - len(own_texts))]
 
     def add(self, error: MemFactoryError, dimension: str = "") -> None:
-        self.count[error.fault] = self.count.get(error.fault, 0) + 1
-        kind = (dimension, error.fault)
-        if kind in self._shown and len(self.examples) >= MAX_EXAMPLES:
-            return
-        self._shown.add(kind)
-        self.examples.append(str(error))
-        if error.__cause__ is not None:
+        if self._add(error.fault, str(error), dimension) and error.__cause__ is not None:
             self.tracebacks.append("".join(traceback.format_exception(error.__cause__)))
+
+    def add_failed(self, episode: Episode) -> None:
+        """Count an `episode` that could not be run to its end."""
+        self._add(whose(episode), episode.failed.partition(": ")[2])
+
+    def _add(self, fault: str, told: str, dimension: str = "") -> bool:
+        """Count one of class `fault`; whether it became an example."""
+        self.count[fault] = self.count.get(fault, 0) + 1
+        kind = (dimension, fault)
+        if kind in self._shown and len(self.examples) >= MAX_EXAMPLES:
+            return False
+        self._shown.add(kind)
+        self.examples.append(told)
+        return True
+
+
+def whose(episode: Episode) -> str:
+    """The fault class of an episode that could not be run to its end; empty for one that was."""
+    return episode.failed.partition(": ")[0]

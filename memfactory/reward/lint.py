@@ -112,7 +112,7 @@ class _Samples:
         if any(name not in episode.scores for episode in episodes for name in names):
             episodes = deepcopy(list(episodes))
             system.begin().finish(episodes)
-        self.episodes = list(episodes)
+        self.episodes = [episode for episode in episodes if not episode.failed]
         self.table = system.table(self.episodes)
         self.values: Floats = self.table.values
         """(N, D), transformed; NaN where None."""

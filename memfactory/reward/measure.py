@@ -1,7 +1,8 @@
 """Measuring a batch: every dimension on every episode, whatever single functions do.
 
 A function that raises, hangs, or returns what is no score costs the scores it was asked for and nothing else:
-they are None with a reason, and the fault is counted. Async functions (judges) begin as soon as an episode is
+they are None with a reason, and the fault is counted. An episode that could not be run to its end is shown to no
+function. Async functions (judges) begin as soon as an episode is
 complete, while others are still being generated; the rest is called when all are.
 """
 
@@ -51,7 +52,7 @@ class Measuring:
         """Begin with what can be measured of one complete `episode`. Returns at once; safe from any thread."""
         with self._lock:
             self._seen.add(id(episode))
-            for weighted in self._early:
+            for weighted in self._early if not episode.failed else ():
                 for call in calls_of(weighted, [episode]):
                     self._running.append((call, LOOP.start(call.run_async())))
 
@@ -66,6 +67,9 @@ class Measuring:
         for episode in episodes:
             if id(episode) not in self._seen:
                 self.submit(episode)
+            if episode.failed:
+                faults.add_failed(episode)
+        ran = [episode for episode in episodes if not episode.failed]
         failed: dict[str, set[int]] = defaultdict(set)
 
         def store(calls: Sequence[Call]) -> None:
@@ -83,16 +87,19 @@ class Measuring:
             store(self._wait())
 
         of_groups = [w for w in self._dimensions if w.dimension.scope is Scope.GROUP]
-        call_all([w for w in self._dimensions if w not in of_groups and w not in self._early], episodes)
+        call_all([w for w in self._dimensions if w not in of_groups and w not in self._early], ran)
         if of_groups:  # last: they may look at the other scores
-            call_all(of_groups, _whole_groups(episodes, gather) if gather is not None else episodes)
-        own = {id(episode) for episode in episodes}  # whole groups have others' episodes too
+            call_all(of_groups, _whole_groups(ran, gather) if gather is not None else ran)
+        own = {id(episode) for episode in ran}  # whole groups have others' episodes too
         faults.by_dimension = {name: len(which & own) for name, which in failed.items() if which & own}
         for weighted in self._dimensions:
             if weighted.dimension.per_turn:
-                for episode in episodes:
+                for episode in ran:
                     episode.scores[weighted.name] = _mean(weighted, episode)
         names = [weighted.name for weighted in self._dimensions]
+        for episode in episodes:
+            if episode.failed:
+                episode.scores |= {name: _not_run(episode) for name in names}
         for episode in episodes:  # people read scores in the recipe's order
             if list(episode.scores)[-len(names) :] != names:
                 episode.scores |= {name: episode.scores.pop(name) for name in names}
@@ -126,6 +133,9 @@ def measure_one(dimension: RewardDimension, episode: Episode) -> Score:
     Raises:
         MemFactoryError: the function failed.
     """
+    if episode.failed:
+        episode.scores[dimension.name] = _not_run(episode)
+        return episode.scores[dimension.name]
     calls = calls_of(WeightedDimension(dimension.name, dimension), [episode])
     for call in calls:
         call.outcome = _run_now(call) if dimension.asynchronous else call.run()
@@ -223,6 +233,10 @@ class _Worker(threading.Thread):
         with self._lock:
             self._abandoned = True
             return list(self._outcomes)
+
+
+def _not_run(episode: Episode) -> Score:
+    return Score(None, f"the episode was not run to its end: {episode.failed.splitlines()[0]}")
 
 
 def _mean(weighted: WeightedDimension, episode: Episode) -> Score:

@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memfactory.episode import Episode
-from memfactory.errors import MemFactoryError, RecipeError, RecipeErrors, RewardError, attempt
+from memfactory.errors import (
+    MemFactoryError,
+    RecipeError,
+    RecipeErrors,
+    RewardError,
+    ServiceError,
+    StoreError,
+    attempt,
+)
 from memfactory.recipe import CreditSection, Recipe
 from memfactory.reward import statistics
 from memfactory.reward.advantage import Advantages, Estimator, advantages, shuffled
@@ -34,6 +42,8 @@ if TYPE_CHECKING:
 
 _ESTIMATORS: dict[str, Estimator] = {"group": "standardized", "none": "centered", "batch": "batch"}
 """TRL's `scale_rewards` in our words."""
+_OUTSIDE: dict[str, type[MemFactoryError]] = {error.fault: error for error in (ServiceError, StoreError)}
+"""What a run ends with that had too many episodes that could not be run to their end."""
 
 
 @dataclass
@@ -135,11 +145,17 @@ class RewardSystem:
         return faults
 
     def reward(self, episodes: Sequence[Episode]) -> Aggregate:
-        """Aggregate the scores `episodes` have into their `reward`."""
-        table = self.table(episodes)
-        aggregate = self.aggregator(table.select(self._of_episodes))
-        for episode, value in zip(episodes, aggregate.reward.tolist(), strict=True):
-            episode.reward = None if np.isnan(value) else value
+        """Aggregate the scores `episodes` have into their `reward`. One that could not be run to its end has none.
+
+        Returns:
+            the aggregate over those that could (over all, if none could).
+        """
+        ran = [episode for episode in episodes if not episode.failed] or list(episodes)
+        aggregate = self.aggregator(self.table(ran).select(self._of_episodes))
+        for episode in episodes:
+            episode.reward = None
+        for episode, value in zip(ran, aggregate.reward.tolist(), strict=True):
+            episode.reward = None if np.isnan(value) or episode.failed else value
         return aggregate
 
     def table(self, episodes: Sequence[Episode]) -> ScoreTable:
@@ -188,22 +204,24 @@ class RewardSystem:
 
         Raises:
             RewardError: more than that share of the episodes has no reward, or one function failed on more.
+            ServiceError, StoreError: so many could not even be run, mostly by that fault.
         """
         of_turns = [self._names[k] for k in self._of_turns]
         own = Part.of(episodes, self._names, of_turns, faults or Faults(), self.credit.attribute)
         if self.judge is not None:
             own.judge.update(self.judge.metrics())
         batch = Batch.of(gather([own]) if gather is not None else [own])
-        table = self._table(batch.values, batch.groups)
+        ran = batch.ran  # a gate without a value fails closed, so the others are not even shown to the aggregator
+        table = self._table(batch.values[ran], np.unique(batch.groups[ran], return_inverse=True)[1].astype(np.int64))
         turn_values = self._transformed(batch.turn_values, self._of_turns)
         aggregate = self.aggregator(table.select(self._of_episodes))
-        rewards, turn_rewards = aggregate.reward, self._turn_rewards(turn_values, batch)
+        rewards, turn_rewards = batch.spread(aggregate.reward), self._turn_rewards(turn_values, batch)
         self._refuse_failures(rewards, batch, max_failed_share)
 
-        signal = rewards if aggregate.signal is None else aggregate.signal
+        signal = rewards if aggregate.signal is None else batch.spread(aggregate.signal)
         potentials = self._potentials(turn_values, batch)
         if self.credit.shuffle_rewards:
-            order = shuffled(np.arange(len(rewards), dtype=np.float64), batch.groups, seed).astype(np.int64)
+            order = shuffled(np.arange(len(rewards), dtype=np.float64), batch.comparable, seed).astype(np.int64)
             rewards, signal = rewards[order], signal[order]
             turn_rewards = shuffled(turn_rewards, batch.slot, seed)
             potentials = shuffled(potentials, batch.slot, seed)
@@ -228,7 +246,7 @@ class RewardSystem:
         _write(episodes, rewards[first:], result.values[first:], per_turn[np.searchsorted(batch.episode, first) :])
 
         metrics, record = self._statistics(batch, table, turn_values)
-        metrics |= {f"reward/{name}": _nanmean(part) for name, part in aggregate.parts.items()}
+        metrics |= {f"reward/{name}": _nanmean(batch.spread(part)) for name, part in aggregate.parts.items()}
         for part in {id(part): part for part in self._parts().values()}.values():  # one may stand under two names
             if hasattr(part, "update"):
                 part.update(table)
@@ -290,9 +308,16 @@ class RewardSystem:
         fix = "fix the reward, or raise rollout.max_failed_share"
         why = "; ".join(batch.examples[:3])
         if failed > limit * count:
-            raise RewardError(
-                f"{failed} of {count} episodes could not be scored", why or "their dimensions returned None", fix
-            )
+            what = f"{failed} of {count} episodes could not be scored"
+            not_run = Counter(fault for fault in batch.failed if fault)
+            if not_run:
+                what += f", {' and '.join(f'{number} by a fault of the {fault}' for fault, number in not_run.items())}"
+            if 2 * not_run.total() > failed:
+                fault = not_run.most_common(1)[0][0]
+                raise _OUTSIDE.get(fault, ServiceError)(
+                    what, why, f"mend the {fault}, or raise rollout.max_failed_share"
+                )
+            raise RewardError(what, why or "their dimensions returned None", fix)
         for name, number in by_dimension.most_common(1):
             if number > limit * count:
                 raise RewardError(f"reward '{name}' failed {number} times on {count} episodes", why, fix)
@@ -316,7 +341,9 @@ class RewardSystem:
                 "names": list(summaries),
                 "matrix": [[None if np.isnan(x) else round(x, 4) for x in row] for row in matrix.tolist()],
             },
-            "disagreements": statistics.disagreements(table.values, table.columns, batch.ids),
+            "disagreements": statistics.disagreements(
+                table.values, table.columns, [batch.ids[index] for index in batch.ran.tolist()]
+            ),
             "faults": {
                 "count": dict(batch.fault_count),
                 "examples": batch.examples,
