@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -20,21 +20,22 @@ from memfactory.memory.entries import Entry, Verb
 from memfactory.modules import ChooseState, EntriesState, Fact, ReadState, Reply, UpdateState
 
 Slot = tuple[str, str]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
 class Habits:
     """How often a teacher does the right thing, in [0, 1]."""
 
-    update: float = Field(default=1.0, ge=0, le=1)
+    update: Share = 1.0
     """A fact that took another value changes its entry. Else it is added beside it."""
-    delete: float = Field(default=1.0, ge=0, le=1)
+    delete: Share = 1.0
     """A fact that was taken back deletes its entry. Else the line is added."""
-    ignore: float = Field(default=1.0, ge=0, le=1)
+    ignore: Share = 1.0
     """What is no fact of the speakers is not kept. Else it is added."""
-    pick: float = Field(default=1.0, ge=0, le=1)
+    pick: Share = 1.0
     """The answer rests on the entry that holds it. Else on any entry that says something."""
-    rank: float = Field(default=1.0, ge=0, le=1)
+    rank: Share = 1.0
     """The entries that a question needs are chosen first. Else entries at random."""
 
 
@@ -98,10 +99,23 @@ class DialogueTeacher:
         return [Fact(line, time=state.time, source=line) for line in wanted]
 
     def _update(self, state: UpdateState) -> list[Operation]:
-        return [self._one(fact, state.related) for fact in state.facts]
+        done: list[Operation] = []
+        added: dict[Slot, int] = {}
+        """By what it is about, the place in `done` of what this reply adds: no later fact of it could name an id."""
+        for fact in state.facts:
+            operation, line = self._one(fact, state.related), self.lines.get(fact.text)
+            slot = line.slot if line is not None else None
+            if slot in added and self._does(self.habits.update):
+                assert line is not None
+                done[added[slot]] = Operation(Verb.NONE.value) if line.retracted else operation
+                continue
+            if slot is not None and operation.verb == Verb.ADD.value:
+                added[slot] = len(done)
+            done.append(operation)
+        return done
 
     def _one(self, fact: Fact, related: Sequence[Entry]) -> Operation:
-        line, add = self.lines.get(fact.text), Operation(Verb.ADD.value)
+        line, add = self.lines.get(fact.text), Operation(Verb.ADD.value, "", fact.text)
         if line is None or line.slot is None:
             return Operation(Verb.NONE.value) if self._does(self.habits.ignore) else add
         held = self._about(line.slot, related)

@@ -205,7 +205,8 @@ class Dialogues:
         notes = []
         asked = rng.sample(slots, len(slots))
         if self.given:
-            fresh = {(event.speaker, event.fact) for event in events if event.session >= self.given}
+            said = [event for event in events if event.session >= self.given]
+            fresh = {(one.speaker, one.fact) for one in said if one.operation != Happening.DISTRACTION}
             asked.sort(key=lambda slot: slot not in fresh)
         for slot in asked[: self.probes]:
             first = next(

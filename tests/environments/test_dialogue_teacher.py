@@ -84,15 +84,8 @@ def shares(episodes: Sequence[Episode]) -> dict[str, float]:
     return {kind: sum(found) / len(found) for kind, found in right.items()}
 
 
-WITHOUT_TEXT = pytest.mark.xfail(
-    strict=True, reason="the teacher adds without a text, and adds twice where a fact changes within a session"
-)
-BY_LIST = [pytest.param(name, marks=WITHOUT_TEXT) for name in ("json", "events")]
-"""Updates of several facts in one reply."""
-
-
 @pytest.mark.parametrize("ask", list(Ask))
-@pytest.mark.parametrize("name", [*(name for name in AGENTS if name not in ("json", "events")), *BY_LIST])
+@pytest.mark.parametrize("name", list(AGENTS))
 def test_with_perfect_habits_every_answer_is_right_and_with_none_few_are(name: str, ask: Ask) -> None:
     perfect = replace(WORLD, ask=ask)
     tasks = perfect.tasks(Split.TRAIN, 40)
@@ -174,7 +167,6 @@ def test_without_the_habit_of_ranking_what_is_needed_is_often_left_out() -> None
     assert 0.1 < sum(episode.reward or 0 for episode in found) / len(found) < 0.8
 
 
-@pytest.mark.xfail(strict=True, reason="the defaults of Habits are pydantic's fields unless a recipe says `habits:`")
 def test_habits_that_nobody_names_are_perfect() -> None:
     assert Habits() == PERFECT
     built = build_environment("dialogues", {})
@@ -299,7 +291,6 @@ def test_beginning_with_a_filled_bank_the_teacher_is_right_too(seed: int) -> Non
         assert all(entry.turn is None for entry in first.retrieved)
 
 
-@pytest.mark.xfail(strict=True, reason="what is told about others counts as told of the speaker")
 def test_questions_are_about_what_is_read_where_they_can_be() -> None:
     world = replace(WORLD, given=3, probes=1)
     for task in world.tasks(Split.TRAIN, 60):
