@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import socket
 import subprocess
 import sys
@@ -346,8 +345,7 @@ def test_the_key_travels_only_when_there_is_one(make_policy, server, monkeypatch
     assert [headers.get("Authorization") for headers in server.headers] == [None, "Bearer sk-1"]
 
 
-def test_a_recipe_reaches_it(server):
-    """`policies:` and `modules:` of a recipe lead to this policy, for the module they name alone."""
+def test_it_answers_for_its_module_alone(make_policy, server):
     from memfactory.policy.routing import RoutedPolicy
 
     class Trained:
@@ -356,7 +354,7 @@ def test_a_recipe_reaches_it(server):
         async def generate(self, messages, *, module, max_tokens):
             return Turn(module, [1], [2], [-0.5], "own", StopReason.STOP, messages)
 
-    policy = RoutedPolicy(Trained(), {"answer": EndpointPolicy(PolicySection(base_url=server.url, model="big"))})
+    policy = RoutedPolicy(Trained(), {"answer": make_policy()})
 
     async def run() -> list[Turn]:
         return [await policy.generate(MESSAGES, module=name, max_tokens=8) for name in ("update", "answer")]
@@ -364,4 +362,34 @@ def test_a_recipe_reaches_it(server):
     own, other = asyncio.run(run())
     assert (own.text, own.trainable) == ("own", True)
     assert (other.text, other.trainable) == ("cat", False)
-    assert json.loads(json.dumps(server.requests[0]["messages"])) == MESSAGES
+    assert [request["messages"] for request in server.requests] == [MESSAGES]
+
+
+def test_what_a_failed_episode_leaves_under_way_spoils_nobody(make_policy, server, bench, tokenizer):
+    """Its other calls wait at the policy in this process while its endpoint has refused; the rest decodes on."""
+    from memfactory.agents.running import run_episodes
+    from memfactory.episode import Episode, Task
+    from memfactory.policy.base import Sampling
+    from memfactory.policy.routing import RoutedPolicy
+    from memfactory.policy.transformers_backend import TransformersPolicy
+
+    class Both:
+        async def run(self, task: Task, policy, store=None) -> Episode:
+            prompt = [{"role": "user", "content": task.id}]
+            calls = (policy.generate(prompt, module=name, max_tokens=20) for name in ("write", "write", "answer"))
+            return Episode(task, list(await asyncio.gather(*calls)))
+
+    server.answer = lambda r, n: Reply(status=400 if r["messages"][0]["content"] == "w3" else 200, text="cat")
+    trained = TransformersPolicy(bench.make_model("qwen3", len(tokenizer)), tokenizer, sampling=Sampling(0.0))
+    policy = RoutedPolicy(trained, {"answer": make_policy()})
+    tasks = [Task(f"w{i}", (), ()) for i in range(6)]
+    first, second = run_episodes(Both(), tasks, policy), run_episodes(Both(), tasks, policy)
+    for episodes in (first, second):
+        assert [bool(episode.failed) for episode in episodes] == [False, False, False, True, False, False]
+        assert [len(episode.turns) for episode in episodes] == [3, 3, 3, 0, 3, 3]
+        for episode in episodes:
+            if not episode.failed:
+                write, again, answer = episode.turns
+                alone = asyncio.run(trained.generate(write.messages, module="write", max_tokens=20))
+                assert write.completion_ids == again.completion_ids == alone.completion_ids
+                assert (answer.text, answer.trainable) == ("cat", False)
