@@ -38,14 +38,15 @@ class Faults:
             self.tracebacks.append("".join(traceback.format_exception(error.__cause__)))
 
     def add_failed(self, episode: Episode) -> None:
-        """Count an `episode` that could not be run to its end."""
-        self._add(whose(episode), episode.failed.partition(": ")[2])
+        """Count an `episode` that could not be run to its end. One of each class is told: they mostly say the same."""
+        fault, _, told = episode.failed.partition(": ")
+        self._add(fault, told, limit=0)
 
-    def _add(self, fault: str, told: str, dimension: str = "") -> bool:
+    def _add(self, fault: str, told: str, dimension: str = "", limit: int = MAX_EXAMPLES) -> bool:
         """Count one of class `fault`; whether it became an example."""
         self.count[fault] = self.count.get(fault, 0) + 1
         kind = (dimension, fault)
-        if kind in self._shown and len(self.examples) >= MAX_EXAMPLES:
+        if kind in self._shown and len(self.examples) >= limit:
             return False
         self._shown.add(kind)
         self.examples.append(told)
