@@ -381,7 +381,8 @@ class EpisodeGRPOTrainer(GRPOTrainer):
                 micro = {key: value.to(self.args.device) for key, value in micro.items()}
                 if reused:
                     micro["old_per_token_logps"] = micro["sampling_per_token_logps"]
-                micro["num_items_in_batch"] = torch.tensor(total * scale, device=self.args.device)
+                # where no turn of the policy is trained at all (only learners are), the sum is empty, not 0 / 0
+                micro["num_items_in_batch"] = torch.tensor(max(total, 1.0) * scale, device=self.args.device)
                 micro_batches.append(micro)
             buffer.append(micro_batches)
         self.totals["trained_tokens"] += int(self._reduce_sum(sum(row.trained_tokens for row in rows)))
@@ -427,11 +428,12 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         metrics["episodes/count"].append(len(assessment.rewards))
         metrics["episodes/failed"].append(assessment.failed)
         advantages = assessment.advantages
-        metrics["groups/count"].append(len(advantages.states))
-        metrics["groups/dead_share"].append(advantages.dead_share)
-        for state in (GroupState.SOLVED, GroupState.FAILED, GroupState.TIED, GroupState.UNMEASURED):
-            metrics[f"groups/{state}_share"].append(advantages.share(state))
-        metrics["frac_reward_zero_std"].append(advantages.dead_share)
+        if self.args.num_generations > 1:  # one episode alone is compared with nothing, and nothing is wrong with that
+            metrics["groups/count"].append(len(advantages.states))
+            metrics["groups/dead_share"].append(advantages.dead_share)
+            for state in (GroupState.SOLVED, GroupState.FAILED, GroupState.TIED, GroupState.UNMEASURED):
+                metrics[f"groups/{state}_share"].append(advantages.share(state))
+            metrics["frac_reward_zero_std"].append(advantages.dead_share)
         self.totals["episodes"] += len(assessment.rewards)
         self.totals["generated_tokens"] += int(self._reduce_sum(generated))
         run, count = self.parts.run, self.parts.rollout.log_episodes
