@@ -40,11 +40,12 @@ class TeachingEnvironment(Environment, Protocol):
 class _TeacherPolicy:
     """A policy that does as a teacher does. Its tokens are made from text: the one place where they are."""
 
-    greedy = True  # what draws without a model (a linear reranker) shows its best choice as well
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, teacher: Iterator[str] | Demonstration) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, teacher: Iterator[str] | Demonstration, greedy: bool = False
+    ) -> None:
         self.tokenizer = tokenizer
         self.teacher = teacher
+        self.greedy = greedy
 
     async def demonstrate(self, module: Any, state: Any) -> Turn:
         if isinstance(self.teacher, Iterator):
@@ -102,7 +103,9 @@ def teacher_rows(
     while len(rows) < count:
         task = tasks[number % len(tasks)]
         script = environment.teacher(task, seed * 1_000_003 + number)
-        rows += build_rows(run_episodes(agent, [task], _TeacherPolicy(tokenizer, script)))
+        # what draws without a model (a linear reranker) shows good choices and poor ones: each task has both by turns
+        greedy = (number + number // len(tasks)) % 2 == 0
+        rows += build_rows(run_episodes(agent, [task], _TeacherPolicy(tokenizer, script, greedy)))
         number += 1
     random.Random(seed).shuffle(rows)
     return rows[:count]
