@@ -44,6 +44,7 @@ def evaluate(
     for example in result.faults.examples:
         console.print(f"could not be measured: {example}", style="yellow", markup=False, highlight=False)
     prepared.rewards.close()
+    policy.close()
     if output is not None:
         record = {"recipe": prepared.recipe.name, "checkpoint": str(checkpoint) if checkpoint else None}
         output.write_text(json.dumps(record | {"metrics": result.metrics}, indent=2) + "\n", encoding="utf-8")

@@ -54,6 +54,12 @@ class RoutedPolicy:
         turn.trainable &= other is None
         return turn
 
+    def close(self) -> None:
+        """Close the connections of those behind an endpoint."""
+        for policy in {id(policy): policy for policy in self.others.values()}.values():
+            if hasattr(policy, "close"):
+                policy.close()
+
     def split(self, text: str, max_tokens: int) -> list[str]:
         return self.trained.split(text, max_tokens)
 

@@ -35,7 +35,7 @@ class Searcher(Protocol):
 
         Raises:
             StoreError: an entry belongs to another owner.
-            EngineError: an embedder failed (dense and hybrid).
+            EngineError: an embedder failed (dense and hybrid); ServiceError where it is behind an endpoint.
         """
         ...
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from memfactory.errors import EngineError
+from memfactory.errors import EngineError, ServiceError
 from memfactory.loops import BackgroundLoop
 
 PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
@@ -56,7 +56,7 @@ class EndpointEmbedder:
         """(n, d)
 
         Raises:
-            EngineError: refused, not in time, or not an answer to what was asked.
+            ServiceError: refused, not in time, or not an answer to what was asked.
         """
         end = time.monotonic() + self.deadline
         parts = [self._batch(list(texts[at : at + self.batch]), end) for at in range(0, len(texts), self.batch)]
@@ -80,7 +80,7 @@ class EndpointEmbedder:
                 response = self._post({"model": self.model, "input": texts}, left)
             except (self._httpx.InvalidURL, self._httpx.UnsupportedProtocol) as error:
                 fix = "write the address as http://host:port/v1"
-                raise EngineError(f"embedder at {self.url}", str(error), fix) from error
+                raise ServiceError(f"embedder at {self.url}", str(error), fix) from error
             except self._httpx.HTTPError as error:
                 why = f"{type(error).__name__}: {error}"
             except TimeoutError:
@@ -90,10 +90,10 @@ class EndpointEmbedder:
                     return self._read(response, len(texts))
                 why = f"HTTP {response.status_code}: {response.text[:200]}"
                 if response.status_code not in PASSING:
-                    raise EngineError(f"embedder at {self.url}", why, "check its address, `model` and the key")
+                    raise ServiceError(f"embedder at {self.url}", why, "check its address, `model` and the key")
             time.sleep(max(0.0, min(pause, end - time.monotonic())))
             pause = min(2 * pause, 2.0)
-        raise EngineError(
+        raise ServiceError(
             f"embedder at {self.url}: no answer in {self.deadline:g} s",
             why,
             "check that it is up, or raise `deadline`",
@@ -131,7 +131,9 @@ class EndpointEmbedder:
             places = [item["index"] for item in items]
         except (ValueError, KeyError, TypeError) as error:
             why = f"{type(error).__name__}: {error}; it begins {response.text[:100]!r}"
-            raise EngineError(f"embedder at {self.url}: answer not read", why, "point it to an /embeddings") from error
+            raise ServiceError(
+                f"embedder at {self.url}: answer not read", why, "point it to an /embeddings"
+            ) from error
         if places != list(range(n)) or rows.ndim != 2:
-            raise EngineError(f"embedder at {self.url}: not one vector per text", f"{len(rows)} for {n} texts")
+            raise ServiceError(f"embedder at {self.url}: not one vector per text", f"{len(rows)} for {n} texts")
         return rows

@@ -102,6 +102,7 @@ def train(prepared: Prepared, *, resume: bool = False, console: Console | None =
         "totals": trainer.totals,
     }
     prepared.rewards.close()
+    trainer.policy.close()
     if ranks.is_main_process:
         run.write_summary(summary)
         report = write_report(run.path)

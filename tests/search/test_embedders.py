@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from memfactory.errors import EngineError
+from memfactory.errors import EngineError, ServiceError
 from memfactory.search import CachedEmbedder
 from memfactory.search.embedders import SentenceTransformersEmbedder, TransformersEmbedder
 from memfactory.search.endpoint import EndpointEmbedder
@@ -159,7 +159,7 @@ def test_an_answer_that_is_none_is_not_asked_for_again(
     server: ThreadingHTTPServer, answer: tuple[int, str], why: str
 ) -> None:
     server.plan = [answer]
-    with pytest.raises(EngineError, match=why):
+    with pytest.raises(ServiceError, match=why):
         _embedder(server).embed(["a"])
     assert len(server.seen) == 1
 
@@ -172,7 +172,7 @@ def test_an_answer_that_is_none_is_not_asked_for_again(
 def test_the_deadline_is_kept(server: ThreadingHTTPServer, plan: list[tuple[int, str]]) -> None:
     server.plan = plan
     begin = time.monotonic()
-    with pytest.raises(EngineError, match=r"no answer in 0\.3 s"):
+    with pytest.raises(ServiceError, match=r"no answer in 0\.3 s"):
         _embedder(server, deadline=0.3).embed(["a"])
     assert time.monotonic() - begin < 0.9
 
@@ -180,7 +180,7 @@ def test_the_deadline_is_kept(server: ThreadingHTTPServer, plan: list[tuple[int,
 def test_the_deadline_is_for_all_batches_together(server: ThreadingHTTPServer) -> None:
     server.plan = [(200, "pause")] * 99
     begin = time.monotonic()
-    with pytest.raises(EngineError, match=r"no answer in 0\.5 s"):
+    with pytest.raises(ServiceError, match=r"no answer in 0\.5 s"):
         _embedder(server, deadline=0.5, batch=1).embed(["a"] * 10)
     assert time.monotonic() - begin < 0.9
     assert 2 <= len(server.seen) <= 4
@@ -189,7 +189,7 @@ def test_the_deadline_is_for_all_batches_together(server: ThreadingHTTPServer) -
 def test_after_the_deadline_the_next_call_is_answered(server: ThreadingHTTPServer) -> None:
     server.plan = [(200, "a slow answer" * 5)]
     embedder = _embedder(server, deadline=0.3)
-    with pytest.raises(EngineError, match="had not arrived as a whole"):
+    with pytest.raises(ServiceError, match="had not arrived as a whole"):
         embedder.embed(["a"])
     assert embedder.embed(["a"]).tolist() == [[1, 1]]
     embedder.close()
