@@ -204,12 +204,11 @@ class TransformersPolicy:
             eos_ids=self.eos_ids,
             pad_id=self.tokenizer.pad_token_id,
         )
-        # One autocast context for the whole batch: it keeps the weights it has cast until it is left. Episodes
-        # that go on in between only render and parse.
-        with self.autocast():
+        with _kept_casts():
             while True:
                 begin = time.perf_counter()
-                with self.around() if self.around is not None else nullcontext():
+                # entered for each pass: another policy may decode in between, in a context of its own
+                with self.autocast(), self.around() if self.around is not None else nullcontext():
                     finished = next(steps, None)
                 self.seconds += time.perf_counter() - begin
                 if finished is None:
@@ -221,3 +220,14 @@ class TransformersPolicy:
                         reply.set_result(None)
                 if finished:
                     await asyncio.sleep(0)
+
+
+@contextmanager
+def _kept_casts() -> Iterator[None]:
+    """Inside, the weights that autocast has cast are kept from one of its contexts to the next."""
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()

@@ -216,9 +216,9 @@ def test_an_embedder_works_inside_a_loop_in_threads_and_after_a_fork(server: Thr
 
 
 def test_an_endpoint_that_is_away_and_a_key_that_is_not_set() -> None:
-    with pytest.raises(EngineError, match="ConnectError"):
+    with pytest.raises(ServiceError, match="ConnectError"):
         EndpointEmbedder("http://127.0.0.1:9/v1", "small", deadline=0.2).embed(["a"])
-    with pytest.raises(EngineError, match="http://host:port"):
+    with pytest.raises(ServiceError, match="http://host:port"):
         EndpointEmbedder("nowhere", "small").embed(["a"])
     with pytest.raises(EngineError, match="export NO_SUCH_KEY"):
         EndpointEmbedder("http://127.0.0.1:9/v1", "small", api_key_env="NO_SUCH_KEY")
