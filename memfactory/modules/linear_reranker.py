@@ -96,7 +96,8 @@ class LinearReranker:
     credit: Literal["item", "draw"] = "item"
     """Of ``citation``. ``item``: each entry has its own. ``draw``: each has the sum, which is unbiased; of ours."""
     shuffle_citations: bool = False
-    """Control experiment: permute R inside each draw, so that it does not say which entry was of use."""
+    """Control experiment: permute R over all draws of a rollout, so that it says nothing about any entry. (Inside a
+    draw is not enough: whoever is drawn together with a useful entry would still earn more on average.)"""
     embedder: EmbedderOptions = field(default_factory=EmbedderOptions)
     """Where vectors come from; give the one that `retrieve.search` has, so that each text is embedded once."""
     draw_seed: int = 0
@@ -184,7 +185,7 @@ class LinearReranker:
         Vectors go over from the turns to the lessons and are gone with them. Left out are greedy choices, and under
         ``citation`` those whose reply could not be read: nobody knows what it used.
         """
-        lessons = []
+        found: list[tuple[Choice, list[bool], float]] = []
         for episode in episodes:
             for place, turn in enumerate(episode.turns):
                 if turn.module != self.name or turn.choice is None or turn.choice.features is None:
@@ -197,19 +198,27 @@ class LinearReranker:
                     )
                 choice, reply = turn.choice, episode.turns[place + 1]
                 turn.choice = replace(choice, features=None)
-                if self.reward == "citation" and reply.error:
-                    continue
-                cited = [choice.candidates[drawn] in reply.cited for drawn in choice.chosen]
-                credit = [turn.advantage] * len(cited) if self.reward == "advantage" else self._credit(cited)
-                lessons.append(Lesson(choice.features, choice.chosen, tuple(credit), sum(cited)))
-        return lessons
-
-    def _credit(self, cited: Sequence[bool]) -> list[float]:
-        values = [(1.0 if used else -1.0) - self.baseline for used in cited]
+                if self.reward == "advantage" or not reply.error:
+                    cited = [choice.candidates[drawn] in reply.cited for drawn in choice.chosen]
+                    found.append((choice, cited, turn.advantage))
         if self.shuffle_citations:
-            order = _library("torch").randperm(len(values), generator=self._random()).tolist()
-            values = [values[place] for place in order]
-        return [sum(values)] * len(values) if self.credit == "draw" else values
+            found = self._shuffled(found)
+        return [
+            Lesson(choice.features, choice.chosen, self._credit(cited, advantage), sum(cited))
+            for choice, cited, advantage in found
+        ]
+
+    def _credit(self, cited: Sequence[bool], advantage: float) -> tuple[float, ...]:
+        if self.reward == "advantage":
+            return (advantage,) * len(cited)
+        values = [(1.0 if used else -1.0) - self.baseline for used in cited]
+        return (sum(values),) * len(values) if self.credit == "draw" else tuple(values)
+
+    def _shuffled(self, found: Sequence[tuple[Choice, list[bool], float]]) -> list[tuple[Choice, list[bool], float]]:
+        every = [used for _, cited, _ in found for used in cited]
+        order = _library("torch").randperm(len(every), generator=self._random()).tolist()
+        left = iter([every[place] for place in order])
+        return [(choice, [next(left) for _ in cited], advantage) for choice, cited, advantage in found]
 
     def learn(self, experience: Sequence[Lesson]) -> dict[str, float]:
         """Updates from `experience`, `batch` lessons each, in order.
