@@ -6,7 +6,7 @@
 For every seed, from one and the same warmed-up language model:
 
 - ``true``       the recipe itself
-- ``shuffled``   linear: which of the drawn entries were cited is permuted; GRPO: rewards permuted in each group
+- ``shuffled``   linear: citations permuted over the draws of a rollout; GRPO: rewards permuted in each group
 - ``rate 0``     learning rate 0
 - ``random``     the trained reranker (linear) over entries that were retrieved at random (evaluation only)
 - ``paper``      linear: optimizer, learning rate and baseline of the paper in as many questions
