@@ -414,9 +414,13 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any
 
 def nearest(key: str, known: list[str]) -> str:
     """``did you mean ...`` for an unknown `key`, or the list of what is known."""
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
     if close:
-        return f"did you mean '{close[0]}'?"
+        # a slip changes letters rather than the length: `modle` is model, though it shares more letters with modules
+        best = max(
+            close, key=lambda name: difflib.SequenceMatcher(None, key, name).ratio() - 0.05 * abs(len(name) - len(key))
+        )
+        return f"did you mean '{best}'?"
     if len(known) > 40:  # a list nobody would read
         return "see the documentation for the known keys"
     return f"known keys: {', '.join(sorted(known))}"

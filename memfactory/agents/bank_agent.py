@@ -13,13 +13,14 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from memfactory.agents.asking import ask
 from memfactory.episode import Answer, Episode, Operation, Probe, Retrieved, Task, Turn
 from memfactory.errors import DataError, MemFactoryError, RecipeErrors, attempt
 from memfactory.memory.bank import BankSnapshot, EntryBank
 from memfactory.memory.entries import Bank, Entry, Verb
+from memfactory.memory.operations import entry_number
 from memfactory.modules.entry_answer import EntriesState, Reply
 from memfactory.modules.facts import Fact, ReadState
 from memfactory.modules.kinds import build_module
@@ -55,6 +56,9 @@ class BankAgent:
     max_update_tokens: int = 1024
     max_rerank_tokens: int = 64
     max_answer_tokens: int = 512
+    entry_order: Literal["rank", "bank"] = "rank"
+    """Order in which an answer is shown its entries. ``rank``: best first. ``bank``: as they were added, oldest first,
+    so that their place says when and not how well they fit."""
     record_memory: bool = True
     """Keep the whole bank as text on every turn that changes it: what reports show and rewards on memory read. Its
     size times the number of updates; turn it off for banks of thousands of entries."""
@@ -246,6 +250,8 @@ class _Run:
         if agent.reranker is not None:
             turn, entries = await self.rerank(number, question, entries)
             turns.append(turn)
+        if agent.entry_order == "bank":
+            entries = tuple(sorted(entries, key=lambda entry: entry_number(entry.id) or 0))
         when = str(task.metadata.get("asked_on", ""))
         turn, reply = await ask(
             self.policy,

@@ -68,8 +68,21 @@ def known_keys() -> dict[str, Any]:
     return {f.name: hints[f.name] for f in dataclasses.fields(GRPOConfig) if f.init and f.name not in _OWNED}
 
 
-def check_train(section: dict[str, Any]) -> list[MemFactoryError]:
-    """Every error in a recipe's `train:`, without building anything."""
+def alone(generations: int) -> RecipeError:
+    """What is wrong with groups that have nobody to compare with."""
+    return RecipeError(
+        f"train.num_generations: {generations}",
+        "GRPO compares the episodes of one task with each other, and a group of one has nothing to compare",
+        "use at least 2 (papers use 8 or 16), or compare with no group: credit.advantage batch or none",
+    )
+
+
+def check_train(section: dict[str, Any], *, groups: bool = True) -> list[MemFactoryError]:
+    """Every error in a recipe's `train:`, without building anything.
+
+    Args:
+        groups: whether something is compared inside groups; without, one episode for each task is enough.
+    """
     from memfactory.train.trainer import SUPPORTED_LOSS_TYPES
 
     errors: list[MemFactoryError] = []
@@ -100,8 +113,8 @@ def check_train(section: dict[str, Any]) -> list[MemFactoryError]:
             )
         )
     generations = section.get("num_generations", 8)
-    if isinstance(generations, int) and generations < 1:
-        errors.append(RecipeError(f"train.num_generations: {generations}", "", "use at least 2 (papers use 8 or 16)"))
+    if isinstance(generations, int) and generations < 1 + groups:
+        errors.append(alone(generations))
     return errors
 
 
@@ -120,8 +133,8 @@ def build_config(
         RecipeError: TRL or transformers reject the combination of values; their words are passed on.
     """
     values = _DEFAULTS | {"use_cpu": not _has_accelerator()} | section
-    alone = values.get("num_generations") == 1
-    if alone:  # TRL insists on two; who trains without groups (RMM's REINFORCE) gets one, see below
+    single = values.get("num_generations") == 1
+    if single:  # TRL insists on two; who trains without groups (RMM's REINFORCE) gets one, see below
         values["num_generations"] = values.setdefault("per_device_train_batch_size", 8)
     if values.get("eval_strategy", "no") != "no":
         values.setdefault("per_device_eval_batch_size", values.get("num_generations", 8))
@@ -133,7 +146,7 @@ def build_config(
             **values,
             **extra,
         )
-        if alone:
+        if single:
             config.num_generations = 1
         return config
     except (ValueError, TypeError, ImportError) as error:

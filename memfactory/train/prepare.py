@@ -20,7 +20,8 @@ from memfactory.policy.base import Policy
 from memfactory.recipe import Recipe, apply_overrides, nearest, read_yaml, schema_errors
 from memfactory.reward.catalogue import WeightedDimension, load_dimension
 from memfactory.reward.system import RewardSystem
-from memfactory.train.config import check_train
+from memfactory.train.config import alone, check_train
+from memfactory.train.policies import trains
 
 
 @dataclass
@@ -62,6 +63,10 @@ class Prepared:
         return max(turn_limits(self.agent).values(), default=1024)
 
 
+GROUPLESS = ("batch", "none")
+"""Values of `credit.advantage` that compare nothing inside groups."""
+
+
 def prepare(path: Path, overrides: Sequence[str] = (), splits: Collection[Split] = tuple(Split)) -> Prepared:
     """Read and check a recipe completely.
 
@@ -77,7 +82,9 @@ def prepare(path: Path, overrides: Sequence[str] = (), splits: Collection[Split]
     data = apply_overrides(read_yaml(path), list(overrides))
     recipe, errors = schema_errors(data)
     train = data.get("train")
-    errors += check_train(train) if isinstance(train, dict) else []
+    # a recipe that names who answers for modules may train none of them by groups; looked into when there is an agent
+    groups = not data.get("modules") and (data.get("credit") or {}).get("advantage") not in GROUPLESS
+    errors += check_train(train, groups=groups) if isinstance(train, dict) else []
     if recipe is None:
         raise RecipeErrors(str(path), errors)
 
@@ -111,6 +118,10 @@ def _unfit(recipe: Recipe, agent: Agent) -> list[MemFactoryError]:
     for name in recipe.modules:
         if names and name not in names:
             errors.append(RecipeError(f"modules.{name}: agent {recipe.agent.name} has none", "", nearest(name, names)))
+    asked = [module.name for module in getattr(agent, "modules", ()) if hasattr(module, "render")]
+    compared = recipe.credit.advantage not in GROUPLESS and (not asked or any(trains(recipe, name) for name in asked))
+    if recipe.train.get("num_generations") == 1 and compared:
+        errors.append(alone(1))
     if recipe.rollout.rerolls.share and not hasattr(agent, "restore"):
         errors.append(
             RecipeError(
