@@ -76,6 +76,9 @@ def evaluate_agent(
     result = EvalResult({"n": float(len(tasks))})
     for kind, split, sampling, samples in kinds:
         with policy.drawing(sampling, options.seed):
+            for module in getattr(agent, "modules", ()):
+                if hasattr(module, "seed"):  # draws of its own (a reranker); training seeds it anew at every rollout
+                    module.seed(options.seed)
             runs = [task for task in tasks for _ in range(samples)]
             bar = progress.add_task(f"evaluate ({kind})", total=len(runs)) if progress is not None else None
             episodes: list[Episode] = []

@@ -126,16 +126,14 @@ def test_output_folder_of_another_run_is_refused_and_untouched(tmp_path: Path) -
 @pytest.mark.parametrize(
     "words",
     [
-        "quickstart",
-        "quickstart-gated aggregate.gate=veto",  # under a veto nothing that a stand-in writes has a reward
-        "smollm2-135m",
-        "qwen3-1.7b",
-        "qwen3-4b",
-        "qwen2.5-7b",
+        *sorted(
+            str(path.relative_to(shipped("recipes")).with_suffix("")) for path in shipped("recipes").rglob("*.yaml")
+        ),
+        "memagent/quickstart-gated aggregate.gate=veto",  # under a veto nothing that a stand-in writes has a reward
     ],
 )
 def test_every_shipped_recipe_passes_the_dry_run(tmp_path: Path, words: str) -> None:
-    result = run("train", *f"memagent/{words}".split(), "--dry-run", folder=tmp_path)
+    result = run("train", *words.split(), "--dry-run", folder=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "dry run passed" in result.stdout
     assert "optimizer step: 24 of 24" in result.stdout
