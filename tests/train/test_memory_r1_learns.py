@@ -43,7 +43,7 @@ def test_the_manager_learns_to_update(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_answerer_learns_to_pick(tmp_path: Path) -> None:
-    summary = train(tmp_path, "memory_r1/answerer-quickstart", "train.max_steps=25")
+    summary = train(tmp_path, "memory_r1/answerer-quickstart", "train.max_steps=22")
     before, after = summary["before"], summary["after"]
     # Measured: .49 before, .79 after this run; three seeds of the full recipe: .45-.58 before, .60-.79 after 20 steps.
     assert before["sampled_em"] <= 0.65
