@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
@@ -37,6 +37,21 @@ class PerLoop(Generic[T]):
         """Take the running loop's away, to close it; None where there is none."""
         with self._lock:
             return self._by_loop.pop(asyncio.get_running_loop(), None)
+
+
+async def together(coroutines: Iterable[Coroutine[Any, Any, ResultT]]) -> list[ResultT]:
+    """Run `coroutines` at the same time; results in their order.
+
+    Raises:
+        Exception: the first that one of them raised, as it is; the others are cancelled and have ended by then. (With
+            `asyncio.gather` they would go on beside whatever the caller does next.)
+    """
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    except BaseExceptionGroup as several:
+        raise several.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 class BackgroundLoop:

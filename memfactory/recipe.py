@@ -260,7 +260,7 @@ class RolloutSection(_Section):
     """Most token positions (rows x longest row) in one forward and backward pass."""
     max_failed_share: float = Field(default=0.25, ge=0, le=1)
     """Share of a batch's episodes that may be unscorable, or on which one reward function may fail, before the run
-    stops. They never count as zero."""
+    stops; of an evaluation's, share that a store or an endpoint may fail. They never count as zero."""
     rerolls: RerollSection = RerollSection()
     log_episodes: int = Field(default=16, ge=0)
     """Training episodes written to `episodes.jsonl` at every log step."""

@@ -1,4 +1,4 @@
-"""What belongs to one event loop is not given to another, and does not outlive it."""
+"""What belongs to one event loop, and what runs together in it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import asyncio
 import gc
 import weakref
 
-from memfactory.loops import PerLoop
+import pytest
+
+from memfactory.loops import PerLoop, together
 
 
 class Thing:
@@ -50,3 +52,32 @@ def test_what_is_taken_is_made_anew() -> None:
         assert things.get() is not first
 
     asyncio.run(run())
+
+
+def test_what_runs_together_comes_back_in_order() -> None:
+    async def slow(number: int) -> int:
+        await asyncio.sleep(0.001 * (3 - number))
+        return number
+
+    assert asyncio.run(together(slow(number) for number in range(3))) == [0, 1, 2]
+
+
+def test_the_first_failure_ends_the_others_before_it_is_raised() -> None:
+    ended: list[str] = []
+
+    async def waits() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append("cancelled")
+
+    async def fails() -> None:
+        await asyncio.sleep(0)
+        raise KeyError("first")
+
+    async def both() -> list[str]:
+        with pytest.raises(KeyError, match="first"):
+            await together([waits(), fails()])
+        return list(ended)
+
+    assert asyncio.run(both()) == ["cancelled"]

@@ -9,7 +9,6 @@ together, and classes of its own beside them.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,6 +17,7 @@ from typing import Any, Literal, TypeVar
 from memfactory.agents.asking import ask
 from memfactory.episode import Answer, Episode, Operation, Probe, Retrieved, Task, Turn
 from memfactory.errors import DataError, MemFactoryError, RecipeErrors, attempt
+from memfactory.loops import together
 from memfactory.memory.bank import BankSnapshot, EntryBank
 from memfactory.memory.entries import Bank, Entry, Verb
 from memfactory.memory.operations import entry_number
@@ -136,7 +136,7 @@ class _Run:
 
     async def everything(self) -> Episode:
         task, episode = self.task, self.episode
-        readings = await asyncio.gather(*(self.read(index) for index in range(len(task.stream))))
+        readings = await together(self.read(index) for index in range(len(task.stream)))
         await self.ask_due(0)
         for index, (turns, facts) in enumerate(readings):
             episode.snapshots[index] = self.bank.snapshot()
@@ -178,7 +178,7 @@ class _Run:
             for one in states or [state]
         ]
         turns, facts = [], list[Fact]()
-        for one, (turn, found) in zip(states or [state], await asyncio.gather(*asked), strict=True):
+        for one, (turn, found) in zip(states or [state], await together(asked), strict=True):
             turns.append(turn)
             facts += [
                 replace(fact, time=fact.time or state.time, speaker=fact.speaker or one.speaker)
@@ -236,7 +236,7 @@ class _Run:
             for number, probe in enumerate(self.task.probes)
             if min(max(probe.after, 0) if probe.after is not None else last, last) == read
         ]
-        asked = await asyncio.gather(*(self.reply(number, probe) for number, probe in due))
+        asked = await together(self.reply(number, probe) for number, probe in due)
         for (number, _), (turns, answer) in zip(due, asked, strict=True):
             answer.turn = len(self.episode.turns) + len(turns) - 1
             self.episode.turns += turns

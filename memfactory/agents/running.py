@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from memfactory.agents.base import Agent
 from memfactory.episode import Episode, Task
 from memfactory.errors import MemFactoryError, ServiceError, StoreError
+from memfactory.loops import together
 from memfactory.policy.base import Policy
 
 OUTSIDE = (ServiceError, StoreError)
@@ -47,7 +48,7 @@ def run_episodes(
         return episode
 
     async def everything() -> list[Episode]:
-        return await asyncio.gather(*(one(task) for task in tasks))
+        return await together(one(task) for task in tasks)
 
     try:
         asyncio.get_running_loop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,7 +16,7 @@ from memfactory.evaluate.retention import capture_and_retention
 from memfactory.policy.base import Sampling
 from memfactory.policy.routing import RoutedPolicy
 from memfactory.policy.transformers_backend import TransformersPolicy
-from memfactory.reward.faults import Faults
+from memfactory.reward.faults import Faults, not_run, whose
 from memfactory.reward.matching import exact_match
 from memfactory.reward.measure import Measuring
 from memfactory.reward.system import RewardSystem
@@ -34,6 +35,8 @@ class EvalOptions:
     top_p: float = 1.0
     greedy: bool = True
     seed: int = 0
+    max_failed_share: float = 1.0
+    """Share of episodes that may fail for a store or an endpoint before the evaluation stops; 1 never does."""
     concurrent: int = 2048
     """Episodes in flight at once; bounds host memory, not results."""
 
@@ -69,6 +72,10 @@ def evaluate_agent(
 
     The policy's sampling and random state are as before when this returns, so evaluating in the middle
     of a training run changes nothing in it.
+
+    Raises:
+        ServiceError, StoreError: more than `options.max_failed_share` of the episodes could not be run to their end:
+            a mean over the rest would be of other tasks than those asked for.
     """
     kinds = [("sampled", "eval", Sampling(options.temperature, options.top_p), options.samples)]
     if options.greedy:
@@ -94,6 +101,9 @@ def evaluate_agent(
                 own = run_episodes(agent, runs[start : start + options.concurrent], policy, on_done)
                 faults.include(measuring.finish(own))
                 episodes += own
+            failed = Counter(whose(episode) for episode in episodes if episode.failed)
+            if failed.total() > options.max_failed_share * len(episodes):
+                raise not_run(len(episodes), failed, faults.examples)
             options.rewards.reward(episodes)
             for number, episode in enumerate(episodes):
                 episode.id = f"{split}/{number}"

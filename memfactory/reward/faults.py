@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from memfactory.episode import Episode
-from memfactory.errors import MemFactoryError
+from memfactory.errors import MemFactoryError, ServiceError, StoreError
 
+OUTSIDE: dict[str, type[MemFactoryError]] = {error.fault: error for error in (ServiceError, StoreError)}
+"""What a run ends with that had too many episodes that could not be run to their end."""
 MAX_EXAMPLES = 3
 """Faults told in words, beyond the first of each kind."""
 
@@ -51,6 +54,21 @@ class Faults:
         self._shown.add(kind)
         self.examples.append(told)
         return True
+
+
+def not_run(episodes: int, faults: Mapping[str, int], examples: Iterable[str]) -> MemFactoryError:
+    """What to raise where too many of `episodes` could not be run to their end.
+
+    Args:
+        faults: how many, by the class of their fault.
+        examples: what happened, in words.
+    """
+    causes = " and ".join(f"{number} by a fault of the {fault}" for fault, number in faults.items())
+    most = max(faults, key=lambda fault: faults[fault])
+    what = f"{sum(faults.values())} of {episodes} episodes could not be run, {causes}"
+    return OUTSIDE.get(most, ServiceError)(
+        what, "; ".join(examples), f"mend the {most}, or raise rollout.max_failed_share"
+    )
 
 
 def whose(episode: Episode) -> str:

@@ -21,7 +21,6 @@ from memfactory.errors import (
     RecipeErrors,
     RewardError,
     ServiceError,
-    StoreError,
     attempt,
 )
 from memfactory.recipe import CreditSection, Recipe
@@ -33,7 +32,7 @@ from memfactory.reward.batch import Batch, Part, scores_of
 from memfactory.reward.catalogue import WeightedDimension, build_dimensions
 from memfactory.reward.credit import CreditAssigner, CreditBatch, build_assigner, turn_advantages
 from memfactory.reward.dimension import Role, innermost
-from memfactory.reward.faults import Faults
+from memfactory.reward.faults import OUTSIDE, Faults
 from memfactory.reward.measure import Gather, Measuring
 from memfactory.reward.table import Floats, Ints, ScoreTable, codes
 
@@ -42,8 +41,6 @@ if TYPE_CHECKING:
 
 _ESTIMATORS: dict[str, Estimator] = {"group": "standardized", "none": "centered", "batch": "batch"}
 """TRL's `scale_rewards` in our words."""
-_OUTSIDE: dict[str, type[MemFactoryError]] = {error.fault: error for error in (ServiceError, StoreError)}
-"""What a run ends with that had too many episodes that could not be run to their end."""
 
 
 @dataclass
@@ -314,7 +311,7 @@ class RewardSystem:
                 what += f", {' and '.join(f'{number} by a fault of the {fault}' for fault, number in not_run.items())}"
             if 2 * not_run.total() > failed:
                 fault = not_run.most_common(1)[0][0]
-                raise _OUTSIDE.get(fault, ServiceError)(
+                raise OUTSIDE.get(fault, ServiceError)(
                     what, why, f"mend the {fault}, or raise rollout.max_failed_share"
                 )
             raise RewardError(what, why or "their dimensions returned None", fix)

@@ -49,6 +49,7 @@ class Prepared:
             top_p=section.top_p,
             greedy=section.greedy,
             seed=self.recipe.seed,
+            max_failed_share=self.recipe.rollout.max_failed_share,
         )
 
     @property

@@ -239,6 +239,9 @@ def test_an_evaluation_counts_it_and_leaves_it_out(store: SqliteStore, full: Sql
         assert result.metrics[f"{kind}_failed"] == 2
         assert result.metrics[f"{kind}_faults/store"] == 2
     assert [episode.reward for episode in result.episodes["eval"]].count(None) == 2
+    strict = EvalOptions(RewardSystem([EXACT]), max_failed_share=0.25)
+    with pytest.raises(StoreError, match="2 of 6 episodes could not be run, 2 by a fault of the store"):
+        evaluate_agent(agent, [task(n) for n in range(6)], policy, strict)
 
 
 def test_the_record_keeps_why():
