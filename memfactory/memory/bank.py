@@ -1,7 +1,8 @@
 """`EntryBank`: entries in memory, for training, where thousands of episodes each have their own.
 
 The state is three persistent values (hash tries of `immutables`), so a snapshot or a fork is the same three
-references, whatever the size; only what changes afterwards takes room.
+references, whatever the size; only what changes afterwards takes room. An ADD touches one of them and makes few
+objects: thousands of banks grow at once in training, and Python's garbage collector walks over all there is.
 """
 
 from __future__ import annotations
@@ -27,9 +28,14 @@ from memfactory.memory.operations import (
     with_target,
 )
 
-Step = tuple[Verb, Entry | None, int | None]
-"""A change as it is kept: verb, entry afterwards, turn. What was before is in the step before; `history` puts them
-together, because far more changes are made than are looked at."""
+_ADD, _UPDATE, _NONE = Verb.ADD, Verb.UPDATE, Verb.NONE  # members of an enum are slow to look up
+
+
+@dataclass(frozen=True, slots=True)
+class _Deleted:
+    """The end of an entry."""
+
+    turn: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +44,10 @@ class BankSnapshot:
 
     owner: str
     present: Map[int, tuple[Entry, int]]
-    """By number of the entry: the entry, and how many changes it has had."""
-    changes: Map[tuple[int, int], Step]
-    """By number of the entry and index of the change, also for entries that were deleted."""
+    """By number of the entry: the entry, and how many versions it had before."""
+    past: Map[int, Entry | _Deleted]
+    """By :func:`_version`: what entries were before. Of one that was deleted all versions, and that it was. `history`
+    tells changes from it, because far more changes are made than are looked at."""
     given: int
     """How many ids were given out."""
 
@@ -57,13 +64,13 @@ class EntryBank:
         limits: longest text, key, time and tags; what is longer is refused.
     """
 
-    __slots__ = ("_changes", "_given", "_ordered", "_present", "limits", "owner")
+    __slots__ = ("_given", "_ordered", "_past", "_present", "limits", "owner")
 
     def __init__(self, owner: str = "", *, limits: Limits | None = None) -> None:
         self.owner = owner
         self.limits = limits or Limits()
         self._present: Map[int, tuple[Entry, int]] = Map()
-        self._changes: Map[tuple[int, int], Step] = Map()
+        self._past: Map[int, Entry | _Deleted] = Map()
         self._given = 0
         self._ordered: tuple[Entry, ...] | None = ()
         """The answer of `entries`, until the next change."""
@@ -81,28 +88,28 @@ class EntryBank:
         if reason is not None:
             return refused(operation, reason)
         verb = VERBS[operation.verb]
-        if verb is Verb.NONE:
+        if verb is _NONE:
             return operation
-        if verb is Verb.ADD:
+        if verb is _ADD:
             return self._add(operation, turn)
         number = entry_number(operation.target)
         found = self._present.get(number) if number is not None else None
         if number is None or found is None:
             return refused(operation, Refusal.UNKNOWN_ID)
-        before, steps = found
-        after = updated(before, operation, turn) if verb is Verb.UPDATE else None
-        self._changes = self._changes.set((number, steps), (verb, after, turn))
-        self._present = (
-            self._present.delete(number) if after is None else self._present.set(number, (after, steps + 1))
-        )
+        before, earlier = found
+        self._past = self._past.set(_version(number, earlier), before)
+        if verb is _UPDATE:
+            self._present = self._present.set(number, (updated(before, operation, turn), earlier + 1))
+        else:
+            self._past = self._past.set(_version(number, earlier + 1), _Deleted(turn))
+            self._present = self._present.delete(number)
         self._ordered = None
         return operation
 
     def _add(self, operation: Operation, turn: int | None) -> Operation:
         number = self._given + 1
         entry = added(operation, entry_id(number), self.owner, turn)
-        self._changes = self._changes.set((number, 0), (Verb.ADD, entry, turn))
-        self._present = self._present.set(number, (entry, 1))
+        self._present = self._present.set(number, (entry, 0))
         self._given = number
         self._ordered = None
         return with_target(operation, entry.id)
@@ -121,16 +128,25 @@ class EntryBank:
 
     def history(self, id: str) -> Sequence[Change]:
         """Every change of an entry, oldest first; empty for an id that was never given, or not yet in this state."""
-        number, found = entry_number(id), list[Change]()
-        if number is not None:
-            while (step := self._changes.get((number, len(found)))) is not None:
-                verb, after, turn = step
-                found.append(Change(verb, found[-1].after if found else None, after, turn))
-        return found
+        number = entry_number(id)
+        if number is None:
+            return []
+        versions: list[Entry | _Deleted] = []
+        while (version := self._past.get(_version(number, len(versions)))) is not None:
+            versions.append(version)
+        if number in self._present:
+            versions.append(self._present[number][0])
+        changes, before = list[Change](), None
+        for version in versions:
+            after = version if isinstance(version, Entry) else None
+            verb = _ADD if before is None else _UPDATE if after is not None else Verb.DELETE
+            changes.append(Change(verb, before, after, version.turn))
+            before = after
+        return changes
 
     def snapshot(self) -> BankSnapshot:
         """The state now, in constant time and memory."""
-        return BankSnapshot(self.owner, self._present, self._changes, self._given)
+        return BankSnapshot(self.owner, self._present, self._past, self._given)
 
     def restore(self, snapshot: BankSnapshot) -> None:
         """Go to `snapshot`, taken by this bank or by a fork of the same owner, in constant time.
@@ -145,14 +161,14 @@ class EntryBank:
                 f"the snapshot is of {whose}",
                 "restore a snapshot that this bank, or a fork of it, has taken",
             )
-        self._present, self._changes = snapshot.present, snapshot.changes
+        self._present, self._past = snapshot.present, snapshot.past
         self._given = max(self._given, snapshot.given)
         self._ordered = None
 
     def fork(self) -> EntryBank:
         """An independent bank of the same owner in the same state, in constant time and memory."""
         other = EntryBank(self.owner, limits=self.limits)
-        other._present, other._changes, other._given = self._present, self._changes, self._given
+        other._present, other._past, other._given = self._present, self._past, self._given
         other._ordered = self._ordered
         return other
 
@@ -161,3 +177,8 @@ class EntryBank:
 
     def __repr__(self) -> str:
         return f"EntryBank(owner={self.owner!r}, {len(self)} entries)"
+
+
+def _version(number: int, index: int) -> int:
+    """Key of the `index`-th version of entry `number`. A number, because tuples would be walked by the collector."""
+    return number << 32 | index
