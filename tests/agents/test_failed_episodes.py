@@ -19,7 +19,7 @@ from servers import ChatServer, Reply
 
 from memfactory.agents import BankAgent
 from memfactory.agents.running import run_episodes
-from memfactory.endpoints import chat
+from memfactory.endpoints import endpoint as http
 from memfactory.episode import Episode, Evidence, Message, Operation, Probe, StopReason, Task, Turn
 from memfactory.errors import DataError, EngineError, RewardError, ServiceError, StoreError
 from memfactory.memory.sqlite import SqliteStore
@@ -131,7 +131,7 @@ def test_a_file_that_another_program_holds(store: SqliteStore, tmp_path: Path):
 @pytest.fixture
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., RoutedPolicy]]:
     """``endpoint(server, **recipe_keys)``: a policy that asks `server` for answers and `Manager` for the rest."""
-    monkeypatch.setattr(chat, "BACKOFF", wait_random(0, 0.02))
+    monkeypatch.setattr(http, "BACKOFF", wait_random(0, 0.02))
     made: list[EndpointPolicy] = []
 
     def make(server: ChatServer, **keys: Any) -> RoutedPolicy:

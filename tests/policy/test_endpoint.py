@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # `servers` is shared by fol
 
 from servers import ChatServer, Reply
 
-from memfactory.endpoints import chat
+from memfactory.endpoints import endpoint as http
 from memfactory.episode import StopReason, Turn
 from memfactory.errors import RecipeError, ServiceError
 from memfactory.policy.endpoint import EndpointPolicy
@@ -41,7 +41,7 @@ def server() -> Iterator[ChatServer]:
 @pytest.fixture
 def make_policy(server: ChatServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakePolicy]:
     """``make_policy(**recipe_keys)``: a policy that asks `server`, with short pauses."""
-    monkeypatch.setattr(chat, "BACKOFF", wait_random(0, 0.02))
+    monkeypatch.setattr(http, "BACKOFF", wait_random(0, 0.02))
     made: list[EndpointPolicy] = []
 
     def make(**changes: object) -> EndpointPolicy:

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # `servers` is shared by fol
 
 from servers import ChatServer
 
-from memfactory.endpoints import chat
+from memfactory.endpoints import endpoint as http
 from memfactory.recipe import JudgeSection
 from memfactory.reward.judge import ModelJudge, Rubric
 
@@ -34,7 +34,7 @@ def rubric() -> Rubric:
 @pytest.fixture
 def make_judge(server: ChatServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeJudge:
     """``make_judge(**recipe_keys)``: a judge that asks `server`, with a cache and short pauses."""
-    monkeypatch.setattr(chat, "BACKOFF", wait_random(0, 0.02))
+    monkeypatch.setattr(http, "BACKOFF", wait_random(0, 0.02))
     defaults = {"base_url": server.url, "model": "grader", "deadline": 20.0, "cache": str(tmp_path / "judge.sqlite")}
 
     def make(**changes: object) -> ModelJudge:

@@ -10,7 +10,7 @@ from email.utils import formatdate
 import pytest
 from servers import ChatServer, Reply, fields_of
 
-from memfactory.endpoints.chat import is_local
+from memfactory.endpoints.endpoint import is_local
 from memfactory.errors import JudgeError, RecipeError
 from memfactory.recipe import JudgeSection
 from memfactory.reward.judge import ModelJudge, RuleJudge, build_judge
