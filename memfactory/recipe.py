@@ -251,9 +251,40 @@ class RerollSection(_Section):
     """Runs of that chunk. They form a group of their own."""
 
 
-class RolloutSection(_Section):
-    """Limits of generation and of training micro-batches. They change speed and memory, not results."""
+class VLLMSection(_Section):
+    """vLLM servers that sample for the trainer (`rollout.engine: vllm`).
 
+    They serve the base model; after every update the adapter is written to a folder they can read, and loaded by them
+    under a name of its own. `memfactory serve-rollouts RECIPE` starts one with the flags it needs.
+    """
+
+    base_urls: list[str] = Field(default=["http://localhost:8000"], min_length=1)
+    """Addresses without a path, e.g. `http://node7:8000`. Requests are spread over all of them."""
+    max_model_len: int | None = Field(default=None, ge=1)
+    """Longest prompt and completion together, in tokens (`--max-model-len`). Absent: the model's own."""
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    """Share of a GPU's memory the server takes."""
+    concurrency: int = Field(default=256, ge=1)
+    """Most requests under way at once at one server."""
+    deadline: float = Field(default=600.0, gt=0)
+    """Seconds for one turn, retries included."""
+    attempts: int = Field(default=4, ge=1)
+    """Tries of a request that a server refuses for a moment (429, 500); a server that is gone is waited for."""
+    outage: float = Field(default=300.0, ge=0)
+    """Seconds without any server before the run stops, at the start and in the middle."""
+    canary_tolerance: float = Field(default=0.05, gt=0)
+    """Largest mean difference between log-probs of trainer and server on one prompt, in nats. More means that they do
+    not hold the same weights: in float32 they differ by some 1e-6, in bfloat16 by some 1e-2."""
+    adapters: str | None = None
+    """Folder of the adapters, readable under this path by every server. Absent: `adapters` in the run folder."""
+
+
+class RolloutSection(_Section):
+    """How and where turns are sampled, and limits of training micro-batches: speed and memory, not results."""
+
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """`transformers`: in this process. `vllm`: on servers, see `vllm`; needs `model.lora`."""
+    vllm: VLLMSection = VLLMSection()
     generate_token_budget: int = Field(default=65536, ge=1)
     """Most key-value cache positions (sequences x longest sequence) in one generation batch."""
     train_token_budget: int = Field(default=16384, ge=1)

@@ -21,6 +21,10 @@ from memfactory.errors import DataError, MemFactoryError, RecipeError
 COMMANDS = {
     "train": ("memfactory.cli.train:train", "Train an agent with a recipe."),
     "eval": ("memfactory.cli.eval:evaluate", "Measure a checkpoint with the agent of its recipe."),
+    "serve-rollouts": (
+        "memfactory.cli.serve_rollouts:serve_rollouts",
+        "Start the vLLM server a run samples from.",
+    ),
     "recipes": ("memfactory.cli.recipes:app", "List, show and copy recipes."),
     "rewards": ("memfactory.cli.rewards:app", "Find, write, test and compare reward functions."),
     "doctor": ("memfactory.cli.doctor:doctor", "Check packages and machine: found, supported, what to do."),

@@ -149,6 +149,11 @@ class Endpoint:
             why = f"{failed.why} (attempt {attempt} of {self.attempts}, {clock.spent:.1f} s)"
             raise RequestFailed(failed.kind, why, self.fixes.of(failed)) from failed
 
+    @property
+    def local(self) -> bool:
+        """Whether it is on this machine."""
+        return is_local(self.base_url)
+
     async def aclose(self) -> None:
         """Close the running loop's connections."""
         connection = self._connections.pop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -44,6 +45,37 @@ class Policy(Protocol):
 
     def split(self, text: str, max_tokens: int) -> list[str]:
         """Cut `text` into pieces of at most `max_tokens` of the policy's tokens, nothing lost."""
+        ...
+
+
+class TrainedPolicy(Policy, Protocol):
+    """The policy whose turns are trained, whichever engine samples them."""
+
+    version: int | None
+    """Optimizer steps behind the weights that it samples from."""
+    elsewhere: bool
+    """Whether log-probs of its turns are another engine's than the trainer's own, so that the two can differ."""
+
+    def use(self, model: Any, version: int | None = None) -> None:
+        """Sample from the weights of `model`. All ranks call it together.
+
+        Raises:
+            EngineError: they could not be brought to where turns are sampled.
+        """
+        ...
+
+    def drawing(self, sampling: Sampling, seed: int) -> AbstractContextManager[None]:
+        """Draw by `sampling` from `seed` on; afterwards everything is as it was."""
+        ...
+
+    def seed(self, seed: int) -> None:
+        """Begin the draws anew from `seed`."""
+        ...
+
+    def close(self) -> None: ...
+
+    def metrics(self) -> dict[str, float]:
+        """What happened since the last call, for the log."""
         ...
 
 

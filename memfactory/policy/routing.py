@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Protocol
-
-from transformers import PreTrainedModel
+from typing import Any, Protocol
 
 from memfactory.episode import Message, Turn
-from memfactory.policy.base import Policy, Sampling
-from memfactory.policy.transformers_backend import TransformersPolicy
+from memfactory.policy.base import Policy, Sampling, TrainedPolicy
 
 
 class Seeded(Policy, Protocol):
@@ -28,9 +25,9 @@ class RoutedPolicy:
 
     def __init__(
         self,
-        trained: TransformersPolicy,
+        trained: TrainedPolicy,
         others: Mapping[str, Policy] | None = None,
-        following: Sequence[TransformersPolicy] = (),
+        following: Sequence[TrainedPolicy] = (),
     ) -> None:
         """
         Args:
@@ -42,11 +39,10 @@ class RoutedPolicy:
         self.others = dict(others or {})
         self.following = list(following)
 
-    def use(self, model: PreTrainedModel, version: int | None = None) -> None:
-        """Sample from `model`, the trained weights as they are now."""
+    def use(self, model: Any, version: int | None = None) -> None:
+        """Sample from `model`, the trained weights as they are now. All ranks call it together."""
         for policy in [self.trained, *self.following]:
-            policy.model = model
-            policy.version = policy.version if version is None else version
+            policy.use(model, version)
 
     async def generate(self, messages: list[Message], *, module: str, max_tokens: int) -> Turn:
         other = self.others.get(module)
@@ -55,8 +51,8 @@ class RoutedPolicy:
         return turn
 
     def close(self) -> None:
-        """Close the connections of those behind an endpoint."""
-        for policy in {id(policy): policy for policy in self.others.values()}.values():
+        """Close the connections of those behind an endpoint or a server."""
+        for policy in {id(policy): policy for policy in [*self.others.values(), self.trained]}.values():
             if hasattr(policy, "close"):
                 policy.close()
 
@@ -66,6 +62,13 @@ class RoutedPolicy:
     @property
     def greedy(self) -> bool:
         return self.trained.greedy
+
+    @property
+    def elsewhere(self) -> bool:
+        return self.trained.elsewhere
+
+    def metrics(self) -> dict[str, float]:
+        return self.trained.metrics()
 
     def seed(self, seed: int) -> None:
         """Begin the draws of every policy that draws anew from `seed`."""
@@ -78,8 +81,9 @@ class RoutedPolicy:
         with ExitStack() as stack:
             stack.enter_context(self.trained.drawing(sampling, seed))
             for policy in self._drawing():
-                if isinstance(policy, TransformersPolicy) and policy is not self.trained:
-                    stack.enter_context(policy.drawing(policy.sampling, seed))
+                own = getattr(policy, "sampling", None)
+                if own is not None and policy is not self.trained:
+                    stack.enter_context(policy.drawing(own, seed))  # type: ignore[attr-defined]
             yield
 
     def _drawing(self) -> list[Seeded]:

@@ -13,9 +13,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memfactory.episode import Message, StopReason, Turn
-from memfactory.errors import EngineError, boundary
+from memfactory.errors import EngineError
 from memfactory.policy.base import Sampling
 from memfactory.policy.decoding import Decoding, Sampler, decode
+from memfactory.policy.rendering import check_fits, pieces, prompt_of
 
 
 @dataclass(slots=True)
@@ -76,7 +77,8 @@ class TransformersPolicy:
         self.sampling = sampling or Sampling()
         self.eos_ids = list(eos_ids or [tokenizer.eos_token_id])
         self.token_budget = token_budget
-        self.version = version
+        self.version: int | None = version
+        self.elsewhere = False
         self.autocast = autocast
         self.template_options = template_options or {}
         self.around = around
@@ -90,20 +92,8 @@ class TransformersPolicy:
 
     async def generate(self, messages: list[Message], *, module: str, max_tokens: int) -> Turn:
         """See :meth:`memfactory.policy.base.Policy.generate`."""
-        with boundary(EngineError, f"the chat template cannot render the prompt of module '{module}'"):
-            prompt_ids = cast(
-                list[int],
-                self.tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=True, return_dict=False, **self.template_options
-                ),
-            )
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and len(prompt_ids) + max_tokens > limit:
-            raise EngineError(
-                f"a prompt of module '{module}' does not fit the model",
-                f"{len(prompt_ids)} prompt tokens + {max_tokens} new ones > {limit} positions",
-                "use smaller chunks (agent.chunk_tokens) or a shorter memory (agent.max_memory_tokens)",
-            )
+        prompt_ids = prompt_of(self.tokenizer, messages, module, self.template_options)
+        check_fits(len(prompt_ids), max_tokens, getattr(self.model.config, "max_position_embeddings", None), module)
         loop = asyncio.get_running_loop()
         request = _Request(Decoding(prompt_ids, max_tokens), loop.create_future())
         self._pending.append(request)
@@ -121,7 +111,7 @@ class TransformersPolicy:
             text=cast(str, self.tokenizer.decode(ids, skip_special_tokens=True)),
             stop=StopReason(sequence.stop),
             messages=messages,
-            policy_version=self.version,
+            policy_version=self.version or 0,
         )
 
     @property
@@ -145,14 +135,19 @@ class TransformersPolicy:
         self.generator.manual_seed(seed)
 
     def split(self, text: str, max_tokens: int) -> list[str]:
-        """See :meth:`memfactory.policy.base.Policy.split`. Pieces joined give `text` back."""
-        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        starts = [offsets[index][0] for index in range(0, len(offsets), max_tokens)]
-        if not starts:
-            return []
-        starts[0] = 0
-        # a token of a byte-level tokenizer can begin inside a character: then its piece begins with it
-        return [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True) if a < b]
+        """See :meth:`memfactory.policy.base.Policy.split`."""
+        return pieces(self.tokenizer, text, max_tokens)
+
+    def use(self, model: PreTrainedModel, version: int | None = None) -> None:
+        """Sample from `model`, which is in this process; without `version` that stays what it was."""
+        self.model = model
+        self.version = self.version if version is None else version
+
+    def close(self) -> None:
+        """Nothing stays open."""
+
+    def metrics(self) -> dict[str, float]:
+        return {}
 
     async def _run(self) -> None:
         while self._pending:

@@ -41,7 +41,7 @@ _OWNED = {
 _PER_PASS = "TRL computes it per micro-batch, so rollout.train_token_budget would change results; leave it out"
 # TRL options that assume one prompt and one completion per episode, and what to use instead.
 _REFUSED: dict[str, tuple[Any, str]] = {
-    "use_vllm": (False, "generation with vLLM is not wired to episodes yet; leave it out"),
+    "use_vllm": (False, "leave it out: `rollout: {engine: vllm}` samples with vLLM"),
     "use_transformers_continuous_batching": (False, "episodes are batched by our own scheduler; leave it out"),
     "use_liger_kernel": (False, "TRL deprecates it; leave it out"),
     "multi_objective_aggregation": ("sum_then_normalize", "use `aggregate: {name: normalize_then_sum}`"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
@@ -13,6 +14,9 @@ from memfactory.policy.models import eos_ids, load_model, load_tokenizer
 from memfactory.policy.routing import RoutedPolicy
 from memfactory.policy.transformers_backend import TransformersPolicy
 from memfactory.recipe import ModelSection, PolicySection, Recipe
+
+if TYPE_CHECKING:
+    from memfactory.policy.vllm_policy import VLLMPolicy
 
 
 def needs_initial(recipe: Recipe) -> bool:
@@ -26,13 +30,23 @@ def trains(recipe: Recipe, module: str) -> bool:
     return section is None or section.policy == "trained"
 
 
-def route(recipe: Recipe, trained: TransformersPolicy, initial: Callable[[], PreTrainedModel]) -> RoutedPolicy:
+def route(
+    recipe: Recipe, trained: TransformersPolicy, initial: Callable[[], PreTrainedModel], folder: Path
+) -> RoutedPolicy:
     """`trained`, with the models beside it that `recipe` names. Each is loaded once, however many modules it serves.
 
     Args:
-        trained: the policy that is trained.
+        trained: the policy that is trained, in this process; where the recipe says so, servers sample in its place.
         initial: loads the weights from before GRPO; called where they are needed and no adapter can be turned off.
+        folder: of the run, for what is sent to servers.
+
+    Raises:
+        EngineError: a server does not fit the recipe.
     """
+    if recipe.rollout.engine == "vllm":
+        from memfactory.train.serving import served  # its libraries are an extra
+
+        return _route_served(recipe, served(recipe, trained, folder))
     others: dict[str, Policy] = {}
     following: list[TransformersPolicy] = []
     loaded: dict[tuple[str, float], Policy] = {}
@@ -64,6 +78,24 @@ def route(recipe: Recipe, trained: TransformersPolicy, initial: Callable[[], Pre
                     following.append(policy)
                 loaded[key] = policy
         others[module] = loaded[key]
+    return RoutedPolicy(trained, others, following)
+
+
+def _route_served(recipe: Recipe, trained: VLLMPolicy) -> RoutedPolicy:
+    """Modules that are not trained are asked of the same servers: under the adapter's name, or the base model's."""
+    others: dict[str, Policy] = {}
+    following: list[VLLMPolicy] = []
+    loaded: dict[str, Policy] = {}
+    for module, section in recipe.modules.items():
+        if section.policy in recipe.policies:
+            name = section.policy
+            loaded[name] = loaded.get(name) or _beside(recipe.policies[name], recipe.rollout.generate_token_budget)
+            others[module] = loaded[name]
+        elif section.policy != "trained":
+            policy = trained.beside(Sampling(section.temperature), base=section.policy == "initial")
+            others[module] = policy
+            if section.policy == "current":
+                following.append(policy)
     return RoutedPolicy(trained, others, following)
 
 

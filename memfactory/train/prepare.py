@@ -17,6 +17,7 @@ from memfactory.episode import Task
 from memfactory.errors import DataError, MemFactoryError, RecipeError, RecipeErrors, attempt
 from memfactory.evaluate.run import EvalOptions
 from memfactory.policy.base import Policy
+from memfactory.policy.vllm_needs import unfit
 from memfactory.recipe import Recipe, apply_overrides, nearest, read_yaml, schema_errors
 from memfactory.reward.catalogue import WeightedDimension, load_dimension
 from memfactory.reward.system import RewardSystem
@@ -93,6 +94,7 @@ def prepare(path: Path, overrides: Sequence[str] = (), splits: Collection[Split]
     environment = attempt(lambda: build_environment(recipe.environment.name, recipe.environment.options), errors)
     rewards = attempt(lambda: RewardSystem.from_recipe(recipe), errors)
     errors += _unfit(recipe, agent) if agent is not None else []
+    errors += unfit(recipe)
     if recipe.eval.metric not in [section.label or section.name for section in recipe.rewards]:
         attempt(lambda: load_dimension(recipe.eval.metric), errors)
     if errors:

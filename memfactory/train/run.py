@@ -14,6 +14,7 @@ from trl import GRPOConfig
 from memfactory.evaluate.report import write_report
 from memfactory.evaluate.run import evaluate_agent
 from memfactory.policy.models import load_checkpoint, load_tokenizer, lora_config
+from memfactory.policy.vllm_needs import base_model
 from memfactory.runs import RunFolder
 from memfactory.train.callbacks import RunLog, StopOnInterrupt, describe, progress_bar
 from memfactory.train.config import build_config
@@ -123,6 +124,9 @@ def _trainer(
 ) -> EpisodeGRPOTrainer:
     recipe = prepared.recipe
     initial, ranks = run.path / "initial", PartialState()
+    made_here = recipe.rollout.engine == "vllm" and base_model(recipe, run.path) == str(initial.resolve())
+    if made_here and ranks.is_main_process and not initial.is_dir():
+        save_whole(model, tokenizer, initial)  # what the servers wait for
     if (config.beta != 0 or needs_initial(recipe)) and recipe.model.lora is None:
         if ranks.is_main_process and not initial.is_dir():
             save_whole(model, tokenizer, initial)
@@ -138,7 +142,7 @@ def _trainer(
             rollout=recipe.rollout,
             eval=prepared.eval_options,
             run=run,
-            route=lambda trained: route(recipe, trained, lambda: load_checkpoint(initial, recipe.model)),
+            route=lambda trained: route(recipe, trained, lambda: load_checkpoint(initial, recipe.model), run.path),
         ),
         model,
         config,
@@ -153,7 +157,7 @@ def _trainer(
 
 def _evaluate(prepared: Prepared, trainer: EpisodeGRPOTrainer, run: RunFolder, console: Console) -> dict[str, float]:
     with progress_bar(console) as progress, trainer._sampling_model() as plain:
-        trainer.policy.use(plain)
+        trainer.policy.use(plain, trainer.state.global_step)
         result = evaluate_agent(prepared.agent, prepared.eval_tasks, trainer.policy, prepared.eval_options, progress)
     if trainer.accelerator.is_main_process:
         result.log(run, trainer.state.global_step)

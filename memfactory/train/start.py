@@ -122,4 +122,4 @@ def load_policy(prepared: Prepared, checkpoint: Path | None) -> RoutedPolicy:
             )
         return load_model(recipe.model, tokenizer, recipe.seed)
 
-    return route(recipe, policy, initial)
+    return route(recipe, policy, initial, prepared.recipe.run_dir)

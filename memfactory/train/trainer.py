@@ -153,6 +153,8 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         self.learners = Learners(parts.agent)
         self._buffer: list[list[MicroBatch]] = []
         """Micro-batches of each training step of the current generation batch."""
+        self._computed_logps: torch.Tensor | None = None
+        """Log-probs (B, T) of the newest forward pass with gradients."""
         self._passes = 1
         """Micro-batches of the training step that is going on."""
         self._seconds = {"generate": 0.0, "reward": 0.0, "forward": 0.0, "backward": 0.0, "optimizer": 0.0}
@@ -217,10 +219,20 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         self.loss_type = "dapo" if asked in _AS_DAPO else asked
         self.router_aux_loss_coef = coefficient / self._passes  # TRL adds it in every pass; a step wants it once
         try:
-            return super()._compute_loss(model, inputs)
+            loss = super()._compute_loss(model, inputs)
+            if self.policy.elsewhere and self._computed_logps is not None:
+                self._log_difference(inputs, self._computed_logps)
+            return loss
         finally:
             self.loss_type, self.router_aux_loss_coef = asked, coefficient
             self._seconds["forward"] += time.perf_counter() - start
+
+    def _log_difference(self, inputs: MicroBatch, logps: torch.Tensor) -> None:
+        """How far the engine that sampled and the trainer are apart on the tokens that are trained, in nats."""
+        apart = (logps - inputs["sampling_per_token_logps"]).abs()[inputs["completion_mask"].bool()]  # (tokens,)
+        if apart.numel():
+            self._metrics["train"]["sampling/sampling_logp_difference/mean"].append(float(apart.mean()))
+            self._metrics["train"]["sampling/sampling_logp_difference/max"].append(float(apart.max()))
 
     @torch.no_grad()
     def _reference_logps(self, inputs: MicroBatch) -> torch.Tensor:
@@ -251,6 +263,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
             logps, entropies, aux_loss = self._scorer.score(
                 model, input_ids, attention_mask, logits_to_keep, **options
             )
+        self._computed_logps = logps.detach()
         return logps, entropies if compute_entropy else None, aux_loss
 
     # ---- from tasks to micro-batches ---------------------------------------------------------
@@ -278,6 +291,8 @@ class EpisodeGRPOTrainer(GRPOTrainer):
 
         for name, value in self._learn(episodes).items():
             self._metrics["train"][name].append(value)
+        for name, value in self.policy.metrics().items():
+            self._metrics["train"][f"server/{name}"].append(value)
         buffer = self._micro_batches(episodes)
         self._log_rollout(episodes, assessment)
         return buffer
@@ -365,6 +380,8 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         # While the weights have not moved since sampling, TRL takes the ratio against the pass itself; otherwise
         # it is taken against what was sampled. TRL's rule for which of the two it is:
         reused = accumulation % (steps * self.num_iterations) != 0
+        # Another engine computes log-probs a little differently: the ratio against what it sampled by corrects that.
+        reused |= self.policy.elsewhere
         buffer: list[list[MicroBatch]] = []
         for step in plan:
             count = self._reduce_max(len(step))  # every rank does as many passes as the busiest
@@ -472,7 +489,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         began = time.perf_counter()
         was_training = self.model.training
         with self._sampling_model() as plain:
-            self.policy.use(plain)
+            self.policy.use(plain, self.state.global_step)
             options = self.parts.eval or EvalOptions(self.parts.rewards)
             result = evaluate_agent(self.parts.agent, self.parts.eval_tasks, self.policy, options)
         self.model.train(was_training)

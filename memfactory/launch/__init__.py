@@ -1,0 +1,1 @@
+"""Starting runs on many devices and machines, and the servers they sample from."""

@@ -1,0 +1,255 @@
+"""`memfactory serve-rollouts`: a vLLM server with exactly the flags a recipe needs, and its whole process group.
+
+vLLM may have a Python environment of its own (`--python`, or MEMFACTORY_VLLM_PYTHON): trainer and server speak HTTP
+and may have different versions of everything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+
+from memfactory.errors import EngineError, RecipeError
+from memfactory.policy.vllm_needs import BASE, base_model, lora_rank
+from memfactory.recipe import Recipe
+
+GRACE = 15.0
+"""Seconds that a server has to end by itself before it is killed."""
+ADAPTERS_IN_MEMORY = 4
+"""Adapters a server keeps: the one of now, the one before, and room for a second run beside it."""
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What the command line adds to the recipe."""
+
+    host: str = "127.0.0.1"
+    port: int | None = None
+    """Absent: the port of the recipe's first address."""
+    tensor_parallel: int = 1
+    data_parallel: int = 1
+    python: str | None = None
+    """Interpreter of an environment with vLLM. Absent: MEMFACTORY_VLLM_PYTHON, or this one."""
+    extra: Sequence[str] = field(default_factory=tuple)
+    """Passed to vLLM as they are, after everything else."""
+
+
+def has_gpu() -> bool:
+    """Whether this machine has an NVIDIA GPU; without one vLLM's CPU build is expected."""
+    return shutil.which("nvidia-smi") is not None
+
+
+def arguments(recipe: Recipe, folder: Path, options: ServerOptions, *, gpu: bool) -> list[str]:
+    """Arguments of vLLM's server for `recipe`.
+
+    Args:
+        folder: of the run; a model that the trainer makes (a tiny or warmed-up one) lies there.
+        gpu: whether the server runs on GPUs.
+
+    Raises:
+        RecipeError: the recipe does not sample with vLLM, or the port is not given by it.
+    """
+    if recipe.rollout.engine != "vllm":
+        raise RecipeError(
+            "this recipe samples in the trainer's own process",
+            f"rollout.engine is {recipe.rollout.engine}",
+            "add rollout.engine=vllm, here and to the command that trains",
+        )
+    section = recipe.rollout.vllm
+    flags = ["--model", base_model(recipe, folder), "--served-model-name", BASE]
+    flags += ["--host", options.host, "--port", str(port_of(recipe, options))]
+    flags += ["--dtype", "bfloat16" if recipe.train.get("bf16") and gpu else recipe.model.dtype]
+    flags += ["--enable-lora", "--max-lora-rank", str(lora_rank(recipe))]
+    flags += ["--max-loras", "2", "--max-cpu-loras", str(ADAPTERS_IN_MEMORY)]
+    # log-probs of the distribution that is drawn from, and no defaults of the model's own
+    flags += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
+    flags += ["--enable-prefix-caching"]
+    if section.max_model_len is not None:
+        flags += ["--max-model-len", str(section.max_model_len)]
+    if recipe.model.trust_remote_code:
+        flags += ["--trust-remote-code"]
+    if gpu:
+        flags += ["--gpu-memory-utilization", str(section.gpu_memory_utilization)]
+    else:
+        flags += ["--enforce-eager"]  # compiling takes longer on a CPU than it can win back
+    if options.tensor_parallel > 1:
+        flags += ["--tensor-parallel-size", str(options.tensor_parallel)]
+    if options.data_parallel > 1:
+        flags += ["--data-parallel-size", str(options.data_parallel)]
+    return [*flags, *options.extra]
+
+
+def environment(environ: Mapping[str, str], *, gpu: bool) -> dict[str, str]:
+    """The server's environment: loading adapters while it runs, and the endpoints to look at it, allowed."""
+    wanted = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    if not gpu:
+        wanted["VLLM_CPU_KVCACHE_SPACE"] = "2"
+    return wanted | dict(environ) | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+
+
+def port_of(recipe: Recipe, options: ServerOptions) -> int:
+    """The port to serve on."""
+    if options.port is not None:
+        return options.port
+    parts = urlsplit(recipe.rollout.vllm.base_urls[0])
+    return parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def interpreter(options: ServerOptions) -> str:
+    """The Python that has vLLM.
+
+    Raises:
+        EngineError: it has none.
+    """
+    python = options.python or os.environ.get("MEMFACTORY_VLLM_PYTHON") or sys.executable
+    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    try:
+        found = subprocess.run([python, "-c", look], check=False, capture_output=True).returncode == 0
+    except OSError as error:
+        raise EngineError(f"{python} cannot be run", str(error), "name another with --python") from error
+    if not found:
+        raise EngineError(
+            f"{python} has no vLLM",
+            "",
+            "pip install 'memfactory[gpu]' there, or name an environment that has it: --python PATH",
+        )
+    return python
+
+
+def check_port(host: str, port: int) -> None:
+    """Fail now where something listens already: vLLM would say so only after it has loaded the model.
+
+    Raises:
+        EngineError: the port is taken.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise EngineError(
+                f"port {port} of {host} cannot be used",
+                str(error),
+                "stop what uses it, or serve on another: --port N, and rollout.vllm.base_urls for the trainer",
+            ) from error
+
+
+class RolloutServer:
+    """A running server. Use as a context; on leaving, its whole process group is ended.
+
+    Args:
+        command: of the server.
+        environ: its environment.
+        url: where it answers.
+        log: where its output goes; None lets it through.
+    """
+
+    def __init__(self, command: Sequence[str], environ: Mapping[str, str], url: str, log: Path | None = None) -> None:
+        self.command, self.environ, self.url, self.log = list(command), dict(environ), url, log
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> RolloutServer:
+        with contextlib.ExitStack() as files:
+            output = files.enter_context(self.log.open("ab")) if self.log is not None else None
+            # a session of its own: the engine and its workers outlive an API process that is killed, and only the
+            # group finds them; and if we are killed ourselves, the server ends with us (Linux)
+            self.process = subprocess.Popen(
+                self.command,
+                env=self.environ,
+                stdout=output,
+                stderr=subprocess.STDOUT if output is not None else None,
+                start_new_session=True,
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            )
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def wait_healthy(self, seconds: float, still_wanted: Callable[[], bool] = lambda: True) -> float:
+        """Wait until it answers; returns the seconds that took.
+
+        Raises:
+            EngineError: it ended, or did not answer in time.
+        """
+        assert self.process is not None
+        start = time.monotonic()
+        while still_wanted():
+            if self.process.poll() is not None:
+                what = f"the vLLM server ended with code {self.process.returncode}"
+                raise EngineError(what, self._last_words(), "see its log")
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{self.url}/health", timeout=5.0, trust_env=False).is_success:
+                    break
+            if time.monotonic() - start > seconds:
+                what = f"the vLLM server did not answer within {seconds:g} s"
+                raise EngineError(what, self._last_words(), "see its log")
+            time.sleep(0.5)
+        return time.monotonic() - start
+
+    def stop(self) -> None:
+        """End the whole group: asked first, killed after :data:`GRACE` seconds."""
+        if self.process is None:
+            return
+        group = self.process.pid
+        for number, seconds in ((signal.SIGTERM, GRACE), (signal.SIGKILL, 5.0)):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, number)
+            end = time.monotonic() + seconds
+            while time.monotonic() < end and _alive(group, self.process):
+                time.sleep(0.1)
+            if not _alive(group, self.process):
+                break
+
+    def _last_words(self) -> str:
+        if self.log is None or not self.log.is_file():
+            return ""
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        wrong = [line for line in lines if "Error" in line]
+        return " | ".join((wrong or lines)[-3:])[-600:]
+
+
+def _alive(group: int, leader: subprocess.Popen[bytes]) -> bool:
+    """Whether anything of the group still runs."""
+    leader.poll()  # takes a dead leader's record away, which would count as alive
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return any(_running(pid) for pid in _members(group)) if Path("/proc").is_dir() else True
+
+
+def _members(group: int) -> list[int]:
+    found = []
+    for place in Path("/proc").iterdir():
+        if place.name.isdigit():
+            with contextlib.suppress(OSError):
+                if os.getpgid(int(place.name)) == group:
+                    found.append(int(place.name))
+    return found
+
+
+def _running(pid: int) -> bool:
+    """False for one that has ended and whose parent has not looked yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,51 @@
+"""What a recipe needs of the vLLM servers that sample for it. Importable without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from packaging.version import Version
+
+from memfactory.errors import MemFactoryError, RecipeError
+from memfactory.recipe import Recipe
+
+TESTED = (Version("0.26"), Version("0.32"))
+"""vLLM from here up to, not including, there: those whose interfaces we rely on. 0.31.0 is the one in our tests."""
+BASE = "base"
+"""The name under which servers serve the base model (`--served-model-name`)."""
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that vLLM takes for ``--max-lora-rank``."""
+
+
+def unfit(recipe: Recipe) -> list[MemFactoryError]:
+    """What in a recipe does not go with `rollout.engine: vllm`; empty for any other engine."""
+    errors: list[MemFactoryError] = []
+    if recipe.rollout.engine != "vllm":
+        return errors
+    if recipe.model.lora is None:
+        why = "what is sent to the servers after an update is an adapter, and the recipe trains all weights"
+        errors.append(RecipeError("rollout.engine: vllm without model.lora", why, "add `lora: {r: 16}` to `model:`"))
+    for name, neutral in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0), ("repetition_penalty", 1.0)):
+        if recipe.train.get(name) not in (None, neutral):
+            why = "vLLM's log-probs are then those of the cut distribution, and the trainer's are not"
+            errors.append(RecipeError(f"train.{name}: not with rollout.engine vllm", why, "leave it out"))
+    if recipe.model.lora is not None and recipe.model.lora.r > RANKS[-1]:
+        errors.append(RecipeError(f"model.lora.r: {recipe.model.lora.r}", "vLLM takes at most 512", "lower it"))
+    return errors
+
+
+def base_model(recipe: Recipe, folder: Path) -> str:
+    """What the servers must load: the recipe's model, or what the trainer saved as the start of the run `folder`."""
+    model = recipe.model
+    plain = model.name is not None and model.gguf_file is None and not model.name.startswith("package:")
+    if plain and recipe.warmup is None:
+        assert model.name is not None
+        return model.name
+    return str((folder / "initial").resolve())
+
+
+def lora_rank(recipe: Recipe) -> int:
+    """The smallest ``--max-lora-rank`` that takes the recipe's adapter."""
+    assert recipe.model.lora is not None
+    rank = recipe.model.lora.r
+    return next(size for size in RANKS if size >= rank)

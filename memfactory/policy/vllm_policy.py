@@ -1,0 +1,131 @@
+"""The vLLM backend: turns come from servers that hold the trained weights as an adapter."""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from memfactory.episode import Message, StopReason, Turn
+from memfactory.loops import BackgroundLoop
+from memfactory.policy.base import Sampling
+from memfactory.policy.rendering import check_fits, pieces, prompt_of
+from memfactory.policy.vllm_pool import ServerPool
+
+LOOP = BackgroundLoop("memfactory-vllm")
+"""Where servers are spoken to. A frozen model in this process holds up the loop of the episodes while it decodes."""
+
+
+@dataclass
+class VLLMPolicy:
+    """A policy whose turns are sampled by vLLM servers.
+
+    Each completion is drawn from a seed of its own, made from the seed of the rollout, the prompt, and how often that
+    prompt was asked before: the order in which requests arrive decides nothing.
+    """
+
+    pool: ServerPool
+    tokenizer: PreTrainedTokenizerBase
+    sampling: Sampling
+    eos_ids: Sequence[int]
+    template_options: dict[str, Any] = field(default_factory=dict)
+    base: bool = False
+    """Sample from the base model, the weights as they were before training."""
+    push: Callable[[Any, int | None], None] | None = None
+    """Sends a model's weights to the servers; None where another policy of the same pool does."""
+    max_positions: int | None = None
+    """Longest prompt and completion together; None where the server does not say."""
+    version: int | None = None
+    """Optimizer steps behind the weights that are served; None before any were sent."""
+    elsewhere: bool = True
+    """Its log-probs are another engine's than the trainer's."""
+    _seed: int = 0
+    _asked: Counter[bytes] = field(default_factory=Counter)
+
+    async def generate(self, messages: list[Message], *, module: str, max_tokens: int) -> Turn:
+        """See :meth:`memfactory.policy.base.Policy.generate`."""
+        prompt_ids = prompt_of(self.tokenizer, messages, module, self.template_options)
+        check_fits(len(prompt_ids), max_tokens, self.max_positions, module)
+        request = self.pool.sample(
+            prompt_ids,
+            base=self.base,
+            sampling=self.sampling,
+            max_tokens=max_tokens,
+            stop=self.eos_ids,
+            seed=self._next_seed(prompt_ids),
+        )
+        sampled = await asyncio.wrap_future(LOOP.start(request))
+        return Turn(
+            module=module,
+            prompt_ids=prompt_ids,
+            completion_ids=sampled.ids,
+            logprobs=sampled.logprobs,
+            text=cast(str, self.tokenizer.decode(sampled.ids, skip_special_tokens=True)),
+            stop=StopReason.LENGTH if sampled.finish == "length" else StopReason.STOP,
+            messages=messages,
+            policy_version=self.version or 0,
+        )
+
+    @property
+    def greedy(self) -> bool:
+        return self.sampling.temperature == 0
+
+    def use(self, model: Any, version: int | None = None) -> None:
+        """Have the servers sample from the weights of `model`; nothing is sent where they have that `version`.
+
+        Raises:
+            EngineError: the weights could not be sent, or a server shows others.
+        """
+        if self.push is not None and (version is None or version != self.version):
+            self.push(model, version)
+        self.version = version
+
+    @contextmanager
+    def drawing(self, sampling: Sampling, seed: int) -> Iterator[None]:
+        """Draw by `sampling` from `seed` on; afterwards everything is as it was."""
+        before = self.sampling, self._seed, self._asked
+        self.sampling = sampling
+        self.seed(seed)
+        try:
+            yield
+        finally:
+            self.sampling, self._seed, self._asked = before
+
+    def seed(self, seed: int) -> None:
+        """Begin the draws anew from `seed`."""
+        self._seed, self._asked = seed, Counter()
+
+    def split(self, text: str, max_tokens: int) -> list[str]:
+        """See :meth:`memfactory.policy.base.Policy.split`."""
+        return pieces(self.tokenizer, text, max_tokens)
+
+    def beside(self, sampling: Sampling, *, base: bool) -> VLLMPolicy:
+        """The same servers for modules that are not trained: the weights of now, or those from before training."""
+        own = VLLMPolicy(self.pool, self.tokenizer, sampling, self.eos_ids, self.template_options, base)
+        own.max_positions = self.max_positions
+        return own
+
+    def metrics(self) -> dict[str, float]:
+        """What happened at the servers since the last call. Safe from any thread."""
+        taken = self.pool.servers[0].tally.take()
+        return taken | {"canary_difference": self.pool.difference, "taken_out": float(self.pool.taken_out)}
+
+    def close(self) -> None:
+        """Have the servers forget the adapters, and close the connections. The one that pushes does it for all."""
+        if self.push is not None:
+            LOOP.start(self.pool.aclose()).result(timeout=60)
+
+    def _next_seed(self, prompt_ids: Sequence[int]) -> int:
+        prompt = sha256(array("q", prompt_ids).tobytes()).digest()
+        self._asked[prompt] += 1
+        digest = sha256(f"{self._seed}/{self._asked[prompt]}/".encode() + prompt).digest()
+        return (
+            int.from_bytes(digest[:4], "big") >> 1
+        )  # vLLM keeps seeds in 64 bits, torch's CPU generator is content with 31

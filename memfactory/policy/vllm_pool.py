@@ -1,0 +1,269 @@
+"""Several vLLM servers as one: requests are spread, a server that fails is taken out, mended and put back.
+
+No server answers for a turn before it holds the adapter of now and has shown so: it scores a prompt whose log-probs
+the trainer knows (the canary). That holds after every update, and for a server that comes back in the middle of one.
+
+Everything here runs in one event loop, :data:`memfactory.policy.vllm_policy.LOOP`, so nothing needs a lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from statistics import fmean
+from time import monotonic
+
+from memfactory.endpoints.failures import Failure, RequestFailed
+from memfactory.errors import EngineError
+from memfactory.policy.base import Sampling
+from memfactory.policy.vllm_needs import BASE
+from memfactory.policy.vllm_server import Sampled, VLLMServer
+
+GONE = frozenset({Failure.CONNECTION, Failure.CUT, Failure.SERVER, Failure.TIMEOUT, Failure.GARBAGE})
+"""Failures of the server rather than of the request: another one may answer."""
+PROBE = 1.0
+"""Seconds between two looks at a server that is out."""
+AHEAD = 8
+"""How many more requests than the least busy server one may have for the sake of its prefix cache."""
+PREFIX = 128
+"""Tokens at the beginning of a prompt that decide which server is asked first: a block of vLLM's cache on a CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """A prompt whose log-probs are known."""
+
+    ids: list[int]
+    expected: list[float]
+    """Log-probs of ``ids[1:]`` by the trainer's weights of now."""
+    before: list[float] | None
+    """The same by its weights before the last update; None where there was none."""
+    tolerance: float
+    """Largest mean difference, in nats."""
+
+    def check(self, found: Sequence[float], where: str) -> float:
+        """Mean difference between `found` and what is expected, in nats.
+
+        Raises:
+            EngineError: it is beyond the tolerance, or `found` is what the weights *before* the update say.
+        """
+        now = fmean(abs(a - b) for a, b in zip(found, self.expected, strict=True))
+        what = f"{where} does not sample from the weights that are trained"
+        if not now <= self.tolerance:
+            raise EngineError(
+                what,
+                f"on one prompt its log-probs differ by {now:.3g} on average, rollout.vllm.canary_tolerance is "
+                f"{self.tolerance:g} (mean {fmean(found):.4f} there, {fmean(self.expected):.4f} here)",
+                "serve the recipe's own base model in its dtype (memfactory serve-rollouts); with bfloat16 on one "
+                "side only, raise the tolerance",
+            )
+        if self.before is not None:
+            # An update moves little: less than the tolerance. Weights that are one update old are told by being
+            # nearer to the old numbers than to the new; where rounding is larger than the update, neither is near.
+            old = fmean(abs(a - b) for a, b in zip(found, self.before, strict=True))
+            moved = fmean(abs(a - b) for a, b in zip(self.expected, self.before, strict=True))
+            if old < now / 4 and now > moved / 2:
+                raise EngineError(
+                    what,
+                    f"its log-probs differ by {now:.3g} from those of now, by {old:.3g} from those before the update",
+                    "the adapter it loaded is an old one: check that every server sees rollout.vllm.adapters",
+                )
+        return now
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A version of the trained weights."""
+
+    name: str
+    path: str
+
+
+@dataclass(slots=True)
+class _Place:
+    server: VLLMServer
+    up: bool = True
+    """Whether it may be asked: it answers, and has shown that it holds the weights of now."""
+    under_way: int = 0
+    mending: asyncio.Task[None] | None = None
+    failure: str = ""
+
+
+@dataclass(slots=True)
+class ServerPool:
+    """The servers of a run.
+
+    Args:
+        servers: at least one.
+        family: beginning of the names of all adapters of this run; others are left alone.
+        outage: seconds without any server before a call fails.
+    """
+
+    servers: Sequence[VLLMServer]
+    family: str
+    outage: float
+    adapter: Adapter | None = None
+    """What is sampled from; None: the base model."""
+    canary: Canary | None = None
+    difference: float = 0.0
+    """Largest difference any server showed for the present canary, in nats."""
+    taken_out: int = 0
+    """How often a server was taken out since the beginning."""
+    _places: list[_Place] = field(init=False)
+    _change: asyncio.Event = field(default_factory=asyncio.Event)
+    _fatal: EngineError | None = None
+
+    def __post_init__(self) -> None:
+        self._places = [_Place(server) for server in self.servers]
+
+    async def sample(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        base: bool,
+        sampling: Sampling,
+        max_tokens: int,
+        stop: Sequence[int],
+        seed: int,
+    ) -> Sampled:
+        """One completion from whichever server is free.
+
+        Args:
+            base: from the base model and not from the adapter.
+
+        Raises:
+            EngineError: no server was there for `outage` seconds, it refuses the request, or holds other weights.
+        """
+        while True:
+            place = await self._free(prompt_ids)
+            model = BASE if base or self.adapter is None else self.adapter.name
+            place.under_way += 1
+            try:
+                return await place.server.sample(
+                    prompt_ids, model=model, sampling=sampling, max_tokens=max_tokens, stop=stop, seed=seed
+                )
+            except RequestFailed as failed:
+                # 404: it was started anew since, and has forgotten the adapter
+                if failed.kind not in GONE and failed.status != 404:
+                    raise EngineError(
+                        f"the vLLM server at {place.server.url} gave no turn", failed.why, failed.fix
+                    ) from failed
+                self._take_out(place, failed.why)
+            finally:
+                place.under_way -= 1
+
+    async def publish(self, adapter: Adapter | None, canary: Canary | None) -> float:
+        """Make every server sample from `adapter` from now on; no turn is sampled meanwhile by the caller.
+
+        Returns:
+            largest difference of the canary over the servers, in nats.
+
+        Raises:
+            EngineError: a server cannot take it or shows other weights; or none was there for `outage` seconds.
+        """
+        self.adapter, self.canary, self.difference = adapter, canary, 0.0
+        await asyncio.gather(*(self._renew(place) for place in self._places if place.up))
+        await self._free(())
+        return self.difference
+
+    async def aclose(self) -> None:
+        """Have the servers forget this run's adapters, and close the connections."""
+        for place in self._places:
+            if place.mending is not None:
+                place.mending.cancel()
+            if place.up:
+                with contextlib.suppress(RequestFailed):  # it is gone, and with it what it held
+                    await self._forget(place.server, None)
+            await place.server.aclose()
+
+    # ---- who is asked ------------------------------------------------------------------------
+
+    async def _free(self, prompt_ids: Sequence[int]) -> _Place:
+        """A server that is up: the one that has seen prompts of this beginning, unless others wait for work."""
+        since = monotonic()
+        while True:
+            if self._fatal is not None:
+                raise self._fatal
+            up = [place for place in self._places if place.up]
+            if up:
+                beginning = repr(list(prompt_ids[:PREFIX])).encode()
+                up.sort(key=lambda place: sha256(place.server.url.encode() + beginning).digest())
+                least = min(place.under_way for place in up)
+                return next(place for place in up if place.under_way <= least + AHEAD)
+            left = since + self.outage - monotonic()
+            if left <= 0:
+                failures = "; ".join(f"{place.server.url}: {place.failure}" for place in self._places)
+                raise EngineError(
+                    f"no vLLM server answers since {self.outage:g} s",
+                    failures,
+                    "start one (memfactory serve-rollouts RECIPE) and go on with --resume; rollout.vllm.outage says "
+                    "how long to wait",
+                )
+            self._change.clear()
+            try:
+                async with asyncio.timeout(min(left, PROBE)):
+                    await self._change.wait()
+            except TimeoutError:
+                continue
+
+    # ---- out and in again --------------------------------------------------------------------
+
+    def _take_out(self, place: _Place, why: str) -> None:
+        place.failure = why
+        if place.up:
+            place.up = False
+            self.taken_out += 1
+            place.mending = asyncio.get_running_loop().create_task(self._mend(place))
+
+    async def _mend(self, place: _Place) -> None:
+        """Wait until the server is there again, give it the weights of now, and put it back."""
+        while True:
+            if await place.server.healthy():
+                adapter = self.adapter
+                try:
+                    await self._ready(place.server)
+                except RequestFailed as failed:
+                    place.failure = failed.why
+                except EngineError as error:
+                    self._fatal = error
+                    self._change.set()
+                    return
+                else:
+                    if adapter == self.adapter:  # else there was an update meanwhile: once more
+                        place.up = True
+                        self._change.set()
+                        return
+            else:
+                place.failure = place.failure or "it is not healthy"
+            await asyncio.sleep(PROBE)
+
+    async def _renew(self, place: _Place) -> None:
+        try:
+            await self._ready(place.server)
+        except RequestFailed as failed:
+            self._take_out(place, failed.why)
+
+    async def _ready(self, server: VLLMServer) -> None:
+        """Give `server` the weights of now, and see that it has them.
+
+        Raises:
+            RequestFailed: it does not answer.
+            EngineError: it cannot take the adapter, or shows other weights.
+        """
+        adapter, canary = self.adapter, self.canary
+        await self._forget(server, adapter)
+        held = {model["id"] for model in await server.models()}
+        if adapter is not None and adapter.name not in held:
+            await server.load(adapter.name, adapter.path)
+        if canary is not None:
+            found = await server.score(canary.ids, model=adapter.name if adapter is not None else BASE)
+            self.difference = max(self.difference, canary.check(found, f"the vLLM server at {server.url}"))
+
+    async def _forget(self, server: VLLMServer, kept: Adapter | None) -> None:
+        """Unload what this run, or an earlier life of it, has left there; a server has few places for adapters."""
+        for model in await server.models():
+            if model["id"].startswith(self.family) and (kept is None or model["id"] != kept.name):
+                await server.unload(model["id"])

@@ -1,0 +1,154 @@
+"""Servers that sample for the trainer: what they must serve, whether they do, and the policy in front of them."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from hashlib import sha256
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from packaging.version import InvalidVersion, Version
+
+from memfactory.endpoints.failures import RequestFailed
+from memfactory.endpoints.tally import Tally
+from memfactory.errors import EngineError
+from memfactory.policy.transformers_backend import TransformersPolicy
+from memfactory.policy.vllm_needs import BASE, TESTED, base_model, lora_rank
+from memfactory.policy.vllm_policy import LOOP, VLLMPolicy
+from memfactory.policy.vllm_pool import ServerPool
+from memfactory.policy.vllm_server import VLLMServer
+from memfactory.recipe import Recipe
+from memfactory.train.adapter_sync import AdapterSync
+
+
+def served(recipe: Recipe, trained: TransformersPolicy, folder: Path) -> VLLMPolicy:
+    """The servers of `recipe` in place of `trained`, checked; waits for them as long as `rollout.vllm.outage`.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        EngineError: a server is not there, or does not fit the recipe; says which flag to type.
+    """
+    section = recipe.rollout.vllm
+    tally = Tally()
+    servers = [VLLMServer(url, section, tally) for url in section.base_urls]
+    limits = [check(server, recipe, folder) for server in servers]
+    # of this run, whichever life of it: what an earlier one left at the servers is ours to clear away
+    digest = sha256(str(folder.resolve()).encode()).hexdigest()[:8]
+    family = f"memfactory-{re.sub('[^a-z0-9]+', '-', recipe.name.lower())}-{digest}-"
+    pool = ServerPool(servers, family, section.outage)
+    sync = AdapterSync(
+        pool,
+        Path(section.adapters) / family.rstrip("-") if section.adapters else folder / "adapters",
+        trained.tokenizer,
+        section.canary_tolerance,
+        trained.autocast,
+    )
+    policy = VLLMPolicy(
+        pool, trained.tokenizer, trained.sampling, trained.eos_ids, trained.template_options, push=sync
+    )
+    policy.max_positions = min((limit for limit in limits if limit), default=None)
+    return policy
+
+
+def check(server: VLLMServer, recipe: Recipe, folder: Path) -> int | None:
+    """Wait for `server` and compare what it is with what the recipe needs.
+
+    Returns:
+        longest prompt and completion together that it takes; None where it does not say.
+
+    Raises:
+        EngineError: it is not there in time, or does not fit.
+    """
+    return LOOP.start(_check(server, recipe, folder)).result()
+
+
+async def _check(server: VLLMServer, recipe: Recipe, folder: Path) -> int | None:
+    end, failure = monotonic() + recipe.rollout.vllm.outage, ""
+    while True:
+        try:
+            models = await server.models()
+            break
+        except RequestFailed as failed:
+            failure = failed.why
+        if monotonic() >= end:
+            raise EngineError(
+                f"no vLLM server at {server.url} after {recipe.rollout.vllm.outage:g} s",
+                failure,
+                "start it: memfactory serve-rollouts RECIPE, with the same overrides; or set rollout.vllm.base_urls",
+            )
+        await asyncio.sleep(1.0)
+    names = [str(model["id"]) for model in models]
+    if BASE not in names:
+        raise EngineError(
+            f"the server at {server.url} serves {', '.join(names) or 'nothing'}",
+            f"turns are asked of '{BASE}'",
+            f"start it with --served-model-name {BASE}, as memfactory serve-rollouts does",
+        )
+    own = next(model for model in models if model["id"] == BASE)
+    wanted, found = base_model(recipe, folder), str(own.get("root") or "")
+    if found and not _same_model(found, wanted):
+        raise EngineError(
+            f"the server at {server.url} serves another model",
+            f"{found}, and the recipe trains {wanted}",
+            f"start it with --model {wanted}: memfactory serve-rollouts RECIPE",
+        )
+    await _check_flags(server, recipe)
+    longest = own.get("max_model_len")
+    return longest if isinstance(longest, int) else None
+
+
+async def _check_flags(server: VLLMServer, recipe: Recipe) -> None:
+    """What can be told only where the server is in its development mode, as serve-rollouts starts it."""
+    info = await server.info()
+    if info is None:
+        return
+    flags: list[str] = []
+    found = _flat(info)
+    rank = found.get("lora_config.max_lora_rank")
+    if rank is None:
+        flags.append("--enable-lora")
+    if rank is None or int(rank) < lora_rank(recipe):
+        flags.append(f"--max-lora-rank {lora_rank(recipe)}")
+    mode = found.get("model_config.logprobs_mode")
+    if mode is not None and "processed_logprobs" not in str(mode).lower():
+        flags.append("--logprobs-mode processed_logprobs")
+    if flags:
+        raise EngineError(
+            f"the server at {server.url} was started without what the recipe needs",
+            "missing: " + " ".join(flags),
+            "add them, or let memfactory serve-rollouts RECIPE start it",
+        )
+    version = str(found.get("vllm_version") or "")
+    try:
+        inside = TESTED[0] <= Version(version).__class__(Version(version).base_version) < TESTED[1]
+    except InvalidVersion:
+        return
+    if not inside:
+        raise EngineError(
+            f"the server at {server.url} runs vLLM {version}",
+            f"its interfaces were tested from {TESTED[0]} up to, not including, {TESTED[1]}",
+            "install a tested one: pip install 'memfactory[gpu]'",
+        )
+
+
+def _flat(tree: Any, path: str = "") -> dict[str, Any]:
+    """The leaves of nested dictionaries by dotted path, below `vllm_config`."""
+    if not isinstance(tree, dict):
+        return {path: tree}
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        inner = path if key == "vllm_config" else f"{path}.{key}".lstrip(".")
+        leaves |= _flat(value, inner)
+    return leaves
+
+
+def _same_model(found: str, wanted: str) -> bool:
+    """Whether two names of a model are one: the same name, or folders that are one."""
+    if found == wanted:
+        return True
+    first, second = Path(found), Path(wanted)
+    return first.exists() and second.exists() and first.resolve() == second.resolve()
