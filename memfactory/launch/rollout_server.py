@@ -86,6 +86,9 @@ def arguments(recipe: Recipe, folder: Path, options: ServerOptions, *, gpu: bool
         flags += ["--gpu-memory-utilization", str(section.gpu_memory_utilization)]
     else:
         flags += ["--enforce-eager"]  # compiling takes longer on a CPU than it can win back
+        # a prompt that is prefilled in pieces and drawn from a seed of its own ends vLLM 0.31's CPU worker
+        # ("CPU Generator does not use offset")
+        flags += ["--no-enable-chunked-prefill"]
     if options.tensor_parallel > 1:
         flags += ["--tensor-parallel-size", str(options.tensor_parallel)]
     if options.data_parallel > 1:

@@ -1,0 +1,243 @@
+"""A real vLLM server samples from the weights that are trained: exactly those, and nothing else without an error."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from typing import Any
+
+import pytest
+import torch
+
+from memfactory.episode import StopReason, Turn
+from memfactory.errors import EngineError
+from memfactory.policy.base import Sampling
+from memfactory.policy.vllm_needs import BASE
+from memfactory.policy.vllm_policy import LOOP, VLLMPolicy
+from memfactory.policy.vllm_pool import Adapter, Canary
+from memfactory.policy.vllm_server import VLLMServer
+from memfactory.train.adapter_sync import AdapterSync, canary_ids, score
+from memfactory.train.serving import served
+
+pytestmark = pytest.mark.slow
+
+
+def prompts(count: int, words: int = 30) -> list[list[dict[str, str]]]:
+    return [
+        [{"role": "user", "content": " ".join(f"w{(n * 7 + k * k) % 200}" for k in range(words))}]
+        for n in range(count)
+    ]
+
+
+def ask(policy: VLLMPolicy, asked: list[Any], max_tokens: int = 12) -> list[Turn]:
+    async def everything() -> list[Turn]:
+        return await asyncio.gather(*(policy.generate(one, module="write", max_tokens=max_tokens) for one in asked))
+
+    return asyncio.run(everything())
+
+
+def held(serving: Any) -> set[str]:
+    """Names of what the server serves."""
+    return {
+        model["id"] for model in LOOP.start(VLLMServer(serving.url, serving.recipe().rollout.vllm).models()).result()
+    }
+
+
+@torch.no_grad()
+def fresh_logprobs(model: Any, turn: Turn) -> torch.Tensor:
+    """Log-probs of a turn's completion by a forward pass of its own."""
+    ids = torch.tensor([[*turn.prompt_ids, *turn.completion_ids]])
+    logits = model(input_ids=ids).logits[0, len(turn.prompt_ids) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(turn.completion_ids)[:, None])[:, 0]
+
+
+def test_every_version_is_sampled_as_it_is(serving):
+    """Adapters follow each other; log-probs are those of a fresh forward pass, and old adapters are gone."""
+    policy = serving.policy("versions")
+    seen = set()
+    for version in range(3):
+        model = serving.model(seed=version)
+        policy.use(model, version)
+        policy.seed(version)
+        turns = ask(policy, prompts(4) * 2)
+        apart = [(torch.tensor(turn.logprobs) - fresh_logprobs(model, turn)).abs().max() for turn in turns]
+        assert max(apart) < 1e-4
+        assert {turn.policy_version for turn in turns} == {version}
+        assert any(turn.stop is StopReason.LENGTH for turn in turns)
+        for turn in turns:
+            ended = turn.completion_ids[-1] == policy.eos_ids[0]
+            assert ended == (turn.stop is StopReason.STOP)
+        own = held(serving) - {BASE}
+        assert len(own) == 1, "adapters of earlier versions are still loaded"
+        assert not own & seen, "a name is used twice: a cache may answer for the older adapter"
+        seen |= own
+    # the base model for what is frozen on the weights from before training, at the same server
+    base = policy.beside(Sampling(1.0), base=True)
+    plain = serving.model(seed=None)
+    for turn in ask(base, prompts(2)):
+        assert (torch.tensor(turn.logprobs) - fresh_logprobs(plain, turn)).abs().max() < 1e-4
+    policy.close()
+    assert held(serving) == {BASE}
+
+
+def test_nothing_is_sent_twice(serving):
+    policy = serving.policy("twice")
+    policy.use(serving.model(1), 5)
+    first = held(serving)
+    policy.use(serving.model(1), 5)
+    assert held(serving) == first
+    policy.close()
+
+
+def test_draws_follow_seed_prompt_and_repeat_not_the_order_of_requests(serving):
+    policy = serving.policy("seeds")
+    policy.use(serving.model(3), 0)
+    asked = prompts(5)
+    policy.seed(7)
+    first = [turn.completion_ids for turn in ask(policy, [*asked, asked[0]])]
+    assert first[0] != first[-1], "the same prompt twice is drawn twice"
+    policy.seed(7)
+    again = [turn.completion_ids for turn in ask(policy, [*reversed(asked), asked[0]])]
+    assert again[:5] == first[4::-1]
+    policy.seed(8)
+    assert [turn.completion_ids for turn in ask(policy, asked)] != first[:5]
+    policy.close()
+
+
+def test_shared_prefixes_come_from_the_cache(serving):
+    """Members of a group whose prompts begin alike are prefilled once."""
+    policy = serving.policy("prefix")
+    policy.use(serving.model(2), 0)
+    server = VLLMServer(serving.url, serving.recipe().rollout.vllm)
+    before = LOOP.start(server.counters()).result()
+    long = prompts(1, words=300)[0][0]["content"]
+    for member in range(4):  # one after another, so that the first is in the cache
+        ask(policy, [[{"role": "user", "content": f"{long} w{member}"}]], max_tokens=2)
+    after = LOOP.start(server.counters()).result()
+    hits = after["prefix_cache_hits_total"] - before["prefix_cache_hits_total"]
+    queries = after["prefix_cache_queries_total"] - before["prefix_cache_queries_total"]
+    assert queries >= 4 * 300
+    assert hits >= 3 * 256, "two whole blocks of 128 tokens for each of the three that came later"
+    policy.close()
+
+
+# ---- never the wrong weights -------------------------------------------------------------------
+
+
+def test_an_adapter_that_is_one_update_old_is_told(serving, tmp_path):
+    """The server reads an old folder under the new name, as with a file system that lags behind."""
+    policy = serving.policy("stale")
+    sync = policy.push
+    assert isinstance(sync, AdapterSync)
+    policy.use(serving.model(4), 0)
+    old = policy.pool.adapter
+    assert old is not None
+    model = serving.model(4)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data *= 1.002  # a small update: far below the tolerance
+    ids = canary_ids(policy.tokenizer)
+    now, before = score(model, ids), score(serving.model(4), ids)
+    canary = Canary(ids, now, before, tolerance=0.05)
+    shutil.copytree(old.path, tmp_path / "new")
+    with pytest.raises(EngineError, match="from those before the update") as caught:
+        LOOP.start(policy.pool.publish(Adapter(f"{policy.pool.family}new", str(tmp_path / "new")), canary)).result()
+    assert "rollout.vllm.adapters" in str(caught.value)
+    policy.close()
+
+
+def test_other_weights_stop_the_run_with_both_numbers(serving):
+    policy = serving.policy("wrong", canary_tolerance=0.01)
+    model = serving.model(5)
+    with torch.no_grad():
+        model.base_model.model.lm_head.weight.mul_(1.1)  # the trainer's base is not the server's
+    with pytest.raises(EngineError, match=r"log-probs differ by [0-9.e-]+ on average.*there.*here") as caught:
+        policy.use(model, 0)
+    assert "serve-rollouts" in str(caught.value)
+    policy.close()
+
+
+def test_spoilt_weights_are_not_sent(serving):
+    policy = serving.policy("nan")
+    model = serving.model(6)
+    next(p for n, p in model.named_parameters() if "lora_A" in n).data[0, 0] = float("nan")
+    with pytest.raises(EngineError, match="holds NaN or infinity"):
+        policy.use(model, 0)
+    assert held(serving) == {BASE}
+    policy.close()
+
+
+def test_an_adapter_of_too_high_a_rank_names_the_flag(serving):
+    policy = serving.policy("rank")
+    with pytest.raises(EngineError, match="--max-lora-rank"):
+        policy.use(serving.model(0, rank=32), 0)
+    policy.close()
+
+
+def test_a_folder_the_server_does_not_see_names_the_setting(serving, tmp_path):
+    policy = serving.policy("missing")
+    gone = Adapter(f"{policy.pool.family}gone", str(tmp_path / "not there"))
+    with pytest.raises(EngineError, match=r"rollout\.vllm\.adapters"):
+        LOOP.start(policy.pool.publish(gone, None)).result()
+    policy.close()
+
+
+def test_leftovers_of_an_earlier_life_are_cleared_and_others_left_alone(serving, tmp_path):
+    first = serving.policy("killed")
+    first.use(serving.model(7), 3)
+    assert first.pool.adapter is not None
+    server = VLLMServer(serving.url, serving.recipe().rollout.vllm)
+    LOOP.start(server.load("somebody-elses", first.pool.adapter.path)).result()
+    leftover = first.pool.adapter.name  # the trainer is killed here and unloads nothing
+    second = serving.policy("killed")
+    second.use(serving.model(8), 3)
+    assert leftover not in held(serving)
+    assert "somebody-elses" in held(serving)
+    second.close()
+    LOOP.start(server.unload("somebody-elses")).result()
+    assert held(serving) == {BASE}
+
+
+# ---- a server that does not fit ----------------------------------------------------------------
+
+
+def changed(recipe: Any, **model: Any) -> Any:
+    data = recipe.dump()
+    data["model"] |= model
+    return type(recipe).model_validate(data)
+
+
+def test_a_server_of_another_model_is_told_before_anything_is_sampled(serving, tmp_path):
+    inner = serving.policy("check")
+    with pytest.raises(EngineError, match="serves another model") as caught:
+        served(changed(serving.recipe(), name="org/other"), inner, tmp_path)
+    assert "--model org/other" in str(caught.value)
+    with pytest.raises(EngineError, match="--max-lora-rank 64"):
+        served(changed(serving.recipe(), lora={"r": 48}), inner, tmp_path)
+
+
+def test_a_prompt_longer_than_the_server_takes_is_refused_here(serving):
+    policy = serving.policy("long")
+    policy.use(serving.model(0), 0)
+    assert policy.max_positions == 512
+    with pytest.raises(EngineError, match="does not fit the model.*> 512 positions"):
+        ask(policy, prompts(1, words=510))
+    policy.close()
+
+
+def test_nobody_there_says_what_to_type(serving, make_serving, tmp_path):
+    nobody = make_serving()
+    with pytest.raises(EngineError, match="memfactory serve-rollouts RECIPE"):
+        served(nobody.recipe(outage=0), serving.policy("nobody"), tmp_path)
+
+
+def test_adapters_on_disk_do_not_pile_up(serving):
+    policy = serving.policy("disk")
+    for version in range(4):
+        policy.use(serving.model(version), version)
+    folder = serving.folder / "disk" / "adapters"
+    left = sorted(place.name for place in folder.iterdir())
+    assert len(left) == 2
+    assert all(json.loads((folder / name / "adapter_config.json").read_text())["r"] == 8 for name in left)
+    policy.close()
