@@ -147,7 +147,7 @@ class Endpoint:
         except RequestFailed as failed:
             attempt = retrying.statistics["attempt_number"]
             why = f"{failed.why} (attempt {attempt} of {self.attempts}, {clock.spent:.1f} s)"
-            raise RequestFailed(failed.kind, why, self.fixes.of(failed)) from failed
+            raise RequestFailed(failed.kind, why, self.fixes.of(failed), status=failed.status) from failed
 
     @property
     def local(self) -> bool:

@@ -221,7 +221,7 @@ def test_a_prompt_longer_than_the_server_takes_is_refused_here(serving):
     policy = serving.policy("long")
     policy.use(serving.model(0), 0)
     assert policy.max_positions == 512
-    with pytest.raises(EngineError, match="does not fit the model.*> 512 positions"):
+    with pytest.raises(EngineError, match=r"does not fit the model.*> 512 positions"):
         ask(policy, prompts(1, words=510))
     policy.close()
 

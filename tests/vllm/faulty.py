@@ -1,0 +1,138 @@
+"""A server that speaks as vLLM does and fails as told: for what a real one cannot be made to do at will."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Fault = Callable[["FaultyServer", str, dict[str, Any], int], int | str | None]
+"""``fault(server, path, body, number)``: a status to answer, ``cut`` or ``garbage``, or None to answer well. `number`
+counts the requests to that path from 0."""
+
+
+class FaultyServer:
+    """Completions are the request's seed modulo 100, three times; log-probs of prompts are `-weight` for every token.
+
+    Args:
+        port: 0 takes a free one.
+        weight: stands for the weights: what the canary sees.
+    """
+
+    def __init__(self, fault: Fault | None = None, port: int = 0, weight: float = 1.0) -> None:
+        self.fault, self.weight = fault, weight
+        self.adapters: dict[str, str] = {}
+        self.seen: list[tuple[str, dict[str, Any]]] = []
+        self._lock = threading.Lock()
+        self._counts: dict[str, int] = {}
+        self._sockets: list[socket.socket] = []
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                super().setup()
+                server._sockets.append(self.connection)
+
+            def do_GET(self) -> None:
+                server._handle(self, {})
+
+            def do_POST(self) -> None:
+                server._handle(self, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        class Server(ThreadingHTTPServer):
+            request_queue_size = 256
+            daemon_threads = True
+            allow_reuse_address = True
+
+            def handle_error(self, *_: object) -> None:
+                pass
+
+        self._server = Server(("127.0.0.1", port), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+
+    @property
+    def port(self) -> int:
+        port: int = self._server.server_address[1]
+        return port
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> FaultyServer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.die()
+
+    def die(self) -> None:
+        """End as a killed process does."""
+        self._server.shutdown()
+        self._server.server_close()
+        for connection in self._sockets:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def completions(self) -> list[dict[str, Any]]:
+        """Requests for turns that came here."""
+        return [body for path, body in self.seen if path == "/v1/completions" and "prompt_logprobs" not in body]
+
+    def _handle(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        path = handler.path.partition("?")[0]
+        with self._lock:
+            number = self._counts.get(path, 0)
+            self._counts[path] = number + 1
+            self.seen.append((path, body))
+        told = self.fault(self, path, body, number) if self.fault is not None else None
+        if told == "cut":
+            handler.close_connection = True
+            return
+        if isinstance(told, int):
+            self._send(handler, told, {"error": {"message": "as told", "code": told}})
+        elif told == "garbage":
+            self._send(handler, 200, {"what": "is this"})
+        else:
+            self._send(handler, *self._answer(path, body))
+
+    def _answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if path == "/health":
+            return 200, {}
+        if path == "/v1/models":
+            models = [{"id": "base", "max_model_len": 512}, *({"id": name} for name in self.adapters)]
+            return 200, {"data": models}
+        if path == "/v1/load_lora_adapter":
+            self.adapters[body["lora_name"]] = body["lora_path"]
+            return 200, "loaded"
+        if path == "/v1/unload_lora_adapter":
+            return (200, "gone") if self.adapters.pop(body["lora_name"], None) else (404, {"error": {"message": "no"}})
+        if path != "/v1/completions":
+            return 404, {"error": {"message": "not found", "code": 404}}
+        if body["model"] not in {"base", *self.adapters}:
+            return 404, {"error": {"message": f"The model `{body['model']}` does not exist", "code": 404}}
+        if "prompt_logprobs" in body:
+            places = [None, *({str(id): {"logprob": -self.weight}} for id in body["prompt"][1:])]
+            return 200, {"choices": [{"prompt_logprobs": places, "finish_reason": "length"}]}
+        time.sleep(0.01)
+        ids = [body["seed"] % 100] * 3
+        choice = {"token_ids": ids, "logprobs": {"token_logprobs": [-0.5] * 3}, "finish_reason": "length"}
+        return 200, {"choices": [choice], "usage": {"prompt_tokens": len(body["prompt"]), "completion_tokens": 3}}
+
+    @staticmethod
+    def _send(handler: BaseHTTPRequestHandler, status: int, body: Any) -> None:
+        content = json.dumps(body).encode()
+        handler.send_response(status)
+        handler.send_header("Content-Type", "application/json")
+        handler.send_header("Content-Length", str(len(content)))
+        handler.end_headers()
+        handler.wfile.write(content)
