@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shutil
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from memfactory.episode import StopReason, Turn
+sys.path.insert(0, str(Path(__file__).parent))
+
+from vllm_serving import ask, fresh_logprobs, prompts
+
+from memfactory.episode import StopReason
 from memfactory.errors import EngineError
 from memfactory.policy.base import Sampling
 from memfactory.policy.vllm_needs import BASE
-from memfactory.policy.vllm_policy import LOOP, VLLMPolicy
+from memfactory.policy.vllm_policy import LOOP
 from memfactory.policy.vllm_pool import Adapter, Canary
 from memfactory.policy.vllm_server import VLLMServer
 from memfactory.train.adapter_sync import AdapterSync, canary_ids, score
@@ -23,33 +28,11 @@ from memfactory.train.serving import served
 pytestmark = pytest.mark.slow
 
 
-def prompts(count: int, words: int = 30) -> list[list[dict[str, str]]]:
-    return [
-        [{"role": "user", "content": " ".join(f"w{(n * 7 + k * k) % 200}" for k in range(words))}]
-        for n in range(count)
-    ]
-
-
-def ask(policy: VLLMPolicy, asked: list[Any], max_tokens: int = 12) -> list[Turn]:
-    async def everything() -> list[Turn]:
-        return await asyncio.gather(*(policy.generate(one, module="write", max_tokens=max_tokens) for one in asked))
-
-    return asyncio.run(everything())
-
-
 def held(serving: Any) -> set[str]:
     """Names of what the server serves."""
     return {
         model["id"] for model in LOOP.start(VLLMServer(serving.url, serving.recipe().rollout.vllm).models()).result()
     }
-
-
-@torch.no_grad()
-def fresh_logprobs(model: Any, turn: Turn) -> torch.Tensor:
-    """Log-probs of a turn's completion by a forward pass of its own."""
-    ids = torch.tensor([[*turn.prompt_ids, *turn.completion_ids]])
-    logits = model(input_ids=ids).logits[0, len(turn.prompt_ids) - 1 : -1]
-    return logits.log_softmax(-1).gather(1, torch.tensor(turn.completion_ids)[:, None])[:, 0]
 
 
 def test_every_version_is_sampled_as_it_is(serving):
