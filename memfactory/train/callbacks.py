@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from memfactory.runs import RunFolder
+from memfactory.train.ranks import Ranks
 
 
 def progress_bar(console: Console) -> Progress:
@@ -140,6 +141,8 @@ class StopOnInterrupt(TrainerCallback):
         self.console.print("[yellow]stopping after this step, with a checkpoint (Ctrl-C again: at once)[/yellow]")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        # a signal reaches ranks at different moments; they must stop after the same step or would wait for each other
+        self.interrupted = bool(Ranks().max(self.interrupted))
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True

@@ -65,6 +65,7 @@ _ALIASES = {
 def known_keys() -> dict[str, Any]:
     """Name and type of every `GRPOConfig` field that a recipe may set."""
     hints = typing.get_type_hints(GRPOConfig)
+    hints["fsdp"] = bool | str | list[str] | None  # transformers says `str | None`, and in its help to pass True
     return {f.name: hints[f.name] for f in dataclasses.fields(GRPOConfig) if f.init and f.name not in _OWNED}
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import transformers
-from accelerate import PartialState
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -14,12 +14,18 @@ from trl import GRPOConfig
 from memfactory.evaluate.report import write_report
 from memfactory.evaluate.run import evaluate_agent
 from memfactory.policy.models import load_checkpoint, load_tokenizer, lora_config
+from memfactory.policy.routing import RoutedPolicy
+from memfactory.policy.transformers_backend import TransformersPolicy
 from memfactory.policy.vllm_needs import base_model
+from memfactory.recipe import Recipe
 from memfactory.runs import RunFolder
 from memfactory.train.callbacks import RunLog, StopOnInterrupt, describe, progress_bar
 from memfactory.train.config import build_config
+from memfactory.train.distribution import Asked, check_options, check_started
 from memfactory.train.policies import needs_initial, route
 from memfactory.train.prepare import Prepared, check_documents
+from memfactory.train.ranks import Ranks
+from memfactory.train.sharding import loaded_whole
 from memfactory.train.start import save_whole, starting_model
 from memfactory.train.summary import Clock, facts, peak_memory
 from memfactory.train.trainer import EpisodeGRPOTrainer, Parts
@@ -50,8 +56,11 @@ def train(prepared: Prepared, *, resume: bool = False, console: Console | None =
         seed=recipe.seed,
         max_completion_length=prepared.max_turn_tokens,
     )
-    ranks = PartialState()
-    console = (console or Console()) if ranks.is_main_process else Console(quiet=True)
+    asked = Asked.of(config)
+    check_options(config, asked)
+    check_started(asked)
+    ranks = Ranks()
+    console = (console or Console()) if ranks.main else Console(quiet=True)
     done = earlier.read_summary() if resume else {}
     if done.get("stopped") == "finished" and done["recipe_hash"] == recipe.hash():
         console.print(f"already finished; report: {earlier.path / 'report.html'}", soft_wrap=True)
@@ -59,25 +68,28 @@ def train(prepared: Prepared, *, resume: bool = False, console: Console | None =
 
     transformers.set_seed(recipe.seed)
     tokenizer = load_tokenizer(recipe.model, prepared.vocabulary)  # a wrong name fails before there is a folder
-    with ranks.main_process_first():  # one process makes the folder, the others find it
-        run = RunFolder.open(recipe.run_dir, recipe, resume=resume) if ranks.is_main_process else earlier
-    checkpoint = run.latest_checkpoint() if resume else None
+    with ranks.together():  # one process makes the folder, the others find it
+        run = RunFolder.open(recipe.run_dir, recipe, resume=resume) if ranks.main else earlier
+        checkpoint = ranks.first(run.latest_checkpoint() if resume else None)
     if checkpoint is not None:
         console.print(f"resuming from {checkpoint}", soft_wrap=True)
-    with ranks.main_process_first():  # one process warms up, the others load what it saved
-        saved = checkpoint is not None or not ranks.is_main_process
-        model = starting_model(prepared, run, tokenizer, saved=saved, console=console)
+    with ranks.together():  # one process warms up, the others load what it saved
+        if ranks.main:
+            model = starting_model(prepared, run, tokenizer, saved=checkpoint is not None, console=console)
+        ranks.gather([])
+        if not ranks.main:
+            model = starting_model(prepared, run, tokenizer, saved=True, console=console)
     stop = StopOnInterrupt(console)
     trainer = _trainer(prepared, run, model, tokenizer, config, [RunLog(run, console, config.max_steps), stop])
     check_documents(prepared.agent, [*prepared.train_tasks, *prepared.eval_tasks], trainer.policy)
 
     summary = facts(prepared, trainer)
-    before = run.read_summary().get("before") if checkpoint is not None else None
+    before = ranks.first(run.read_summary().get("before") if checkpoint is not None else None)
     if before is None:
         before = _evaluate(prepared, trainer, run, console)
         console.print(f"before: {describe(before)}", highlight=False, soft_wrap=True)
     summary["before"] = before
-    if ranks.is_main_process:
+    if ranks.main:
         run.write_summary(summary | {"stopped": "unfinished"})
 
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
@@ -91,7 +103,7 @@ def train(prepared: Prepared, *, resume: bool = False, console: Console | None =
         newest = trainer.last_evaluation
         after = newest[1] if newest and newest[0] == step else _evaluate(prepared, trainer, run, console)
         trainer.save_model(str(run.path / "model"))
-        if ranks.is_main_process:
+        if ranks.main:
             tokenizer.save_pretrained(run.path / "model")
             trainer.learners.save(run.path / "model")
     summary |= clock.read() | {
@@ -104,7 +116,7 @@ def train(prepared: Prepared, *, resume: bool = False, console: Console | None =
     }
     prepared.rewards.close()
     trainer.policy.close()
-    if ranks.is_main_process:
+    if ranks.main:
         run.write_summary(summary)
         report = write_report(run.path)
         if after is not None:
@@ -123,14 +135,15 @@ def _trainer(
     callbacks: list[Any],
 ) -> EpisodeGRPOTrainer:
     recipe = prepared.recipe
-    initial, ranks = run.path / "initial", PartialState()
+    initial, ranks = run.path / "initial", Ranks()
     made_here = recipe.rollout.engine == "vllm" and base_model(recipe, run.path) == str(initial.resolve())
-    if made_here and ranks.is_main_process and not initial.is_dir():
-        save_whole(model, tokenizer, initial)  # what the servers wait for
+    with ranks.together():
+        if made_here and ranks.main and not initial.is_dir():
+            save_whole(model, tokenizer, initial)  # what the servers wait for
     if (config.beta != 0 or needs_initial(recipe)) and recipe.model.lora is None:
-        if ranks.is_main_process and not initial.is_dir():
-            save_whole(model, tokenizer, initial)
-        ranks.wait_for_everyone()
+        with ranks.together():
+            if ranks.main and not initial.is_dir():
+                save_whole(model, tokenizer, initial)
         # TRL loads the reference model by name; the name of our starting point is its folder
         model.config._name_or_path = str(initial)
     trainer = EpisodeGRPOTrainer(
@@ -142,7 +155,7 @@ def _trainer(
             rollout=recipe.rollout,
             eval=prepared.eval_options,
             run=run,
-            route=lambda trained: route(recipe, trained, lambda: load_checkpoint(initial, recipe.model), run.path),
+            route=lambda trained: _route(recipe, trained, initial, run.path),
         ),
         model,
         config,
@@ -155,8 +168,13 @@ def _trainer(
     return trainer
 
 
+def _route(recipe: Recipe, trained: TransformersPolicy, initial: Path, folder: Path) -> RoutedPolicy:
+    with loaded_whole():  # models beside the trained one are not sharded
+        return route(recipe, trained, lambda: load_checkpoint(initial, recipe.model), folder)
+
+
 def _evaluate(prepared: Prepared, trainer: EpisodeGRPOTrainer, run: RunFolder, console: Console) -> dict[str, float]:
-    with progress_bar(console) as progress, trainer._sampling_model() as plain:
+    with trainer.ranks.together(), progress_bar(console) as progress, trainer._sampling_model() as plain:
         trainer.policy.use(plain, trainer.state.global_step)
         result = evaluate_agent(prepared.agent, prepared.eval_tasks, trainer.policy, prepared.eval_options, progress)
     if trainer.accelerator.is_main_process:

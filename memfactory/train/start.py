@@ -19,6 +19,7 @@ from memfactory.train.callbacks import progress_bar
 from memfactory.train.learners import Learners
 from memfactory.train.policies import route
 from memfactory.train.prepare import Prepared
+from memfactory.train.sharding import loaded_whole
 from memfactory.train.warmup import warm_up
 
 
@@ -32,9 +33,10 @@ def starting_model(
 ) -> PreTrainedModel:
     """The policy before GRPO: as loaded, or warmed up; from the run folder where it is `saved` there."""
     recipe, initial = prepared.recipe, run.path / "initial"
-    if saved and initial.is_dir():
-        return load_checkpoint(initial, recipe.model)
-    model = load_model(recipe.model, tokenizer, recipe.seed)
+    with loaded_whole():
+        if saved and initial.is_dir():
+            return load_checkpoint(initial, recipe.model)
+        model = load_model(recipe.model, tokenizer, recipe.seed)
     device: Any = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if recipe.warmup is not None:
         if device is not None:

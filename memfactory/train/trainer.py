@@ -15,6 +15,7 @@ Override                                    Replaces, in trl 1.16.0 ``trainer/gr
                                             and token weights that express every other one
 ``evaluate``                                held-out episodes by the same agent instead of a loss
 ``_save_checkpoint``, ``_load_optimizer_and_scheduler``   add the rollout buffer to the checkpoint
+``save_model``, ``_save_rng_state``         whole weights of sharded models, and files of all ranks before the last one
 ==========================================  ==============================================================
 
 `tests/train/test_trl_contract.py` fails when an installed TRL no longer fits this table.
@@ -34,8 +35,8 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
@@ -58,9 +59,12 @@ from memfactory.reward.advantage import GroupState
 from memfactory.reward.measure import Measuring
 from memfactory.reward.system import Assessment, RewardSystem
 from memfactory.runs import RunFolder
+from memfactory.train.distribution import Asked, check_options, check_running, check_wrapped
 from memfactory.train.learners import Learners
+from memfactory.train.ranks import Ranks
 from memfactory.train.rows import Row, build_rows, collate, cut, deal, loss_weights
 from memfactory.train.scoring import CompletionScorer
+from memfactory.train.sharding import placed, unsharded, whole_state_dict
 
 _BUFFER_FILE = "rollout_buffer.pt"
 # What stateful parts of rewards may keep beside plain data: numpy's arrays and numbers, which a checkpoint is else
@@ -128,12 +132,16 @@ class EpisodeGRPOTrainer(GRPOTrainer):
 
     def __init__(self, parts: Parts, model: Any, args: GRPOConfig, **kwargs: Any) -> None:
         self.parts = parts
+        asked = Asked.of(args)  # before TRL: what it makes of `args` puts its own marks into the environment
+        check_options(args, asked)
         # The trainer sees only which task an episode works on; agents read the task itself.
         train = Dataset.from_dict({"prompt": [""] * len(parts.train_tasks), "task": range(len(parts.train_tasks))})
         test = Dataset.from_dict({"prompt": [""] * len(parts.eval_tasks), "task": range(len(parts.eval_tasks))})
         super().__init__(
             model=model, reward_funcs=[_never_called], args=args, train_dataset=train, eval_dataset=test, **kwargs
         )
+        check_running(asked, self.accelerator)
+        self.ranks = Ranks()
         plain = self.accelerator.unwrap_model(self.model)
         base = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
         self._scorer = CompletionScorer(base)
@@ -149,6 +157,8 @@ class EpisodeGRPOTrainer(GRPOTrainer):
             autocast=self.accelerator.autocast,
             template_options=cast(dict[str, Any], args.chat_template_kwargs or {}),
         )
+        # where the model will be by then: FSDP and DeepSpeed move it only when training begins
+        trained.generator = torch.Generator(device=args.device).manual_seed(0)
         self.policy = parts.route(trained)
         self.learners = Learners(parts.agent)
         self._buffer: list[list[MicroBatch]] = []
@@ -165,6 +175,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         self.last_evaluation: tuple[int, dict[str, float]] | None = None
         """Step and metrics of the newest evaluation."""
         self.add_callback(_StepClock(self))
+        self.add_callback(_CheckWrapped(self, asked))
 
     # ---- one training step -------------------------------------------------------------------
 
@@ -269,7 +280,15 @@ class EpisodeGRPOTrainer(GRPOTrainer):
     # ---- from tasks to micro-batches ---------------------------------------------------------
 
     def _roll_out(self, model: Any, inputs: Sequence[dict[str, Any]]) -> list[list[MicroBatch]]:
-        """Run, score and credit this rank's share of a generation batch, and cut it into micro-batches."""
+        """Run, score and credit this rank's share of a generation batch, and cut it into micro-batches.
+
+        Raises:
+            MemFactoryError: this rank or another one failed; the same on every rank.
+        """
+        with self.ranks.together():
+            return self._own_share(model, inputs)
+
+    def _own_share(self, model: Any, inputs: Sequence[dict[str, Any]]) -> list[list[MicroBatch]]:
         tasks = [self.parts.train_tasks[row["task"]] for row in inputs]
         rank = self.accelerator.process_index
         start = time.perf_counter()
@@ -301,8 +320,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         """Let what learns beside the policy learn from the episodes of all ranks, everywhere the same."""
         if not self.learners:
             return {}
-        gather = gather_object if self.accelerator.num_processes > 1 else None
-        return self.learners.learn(episodes, gather)
+        return self.learners.learn(episodes, self.ranks.gather if self.ranks.count > 1 else None)
 
     def _reroll(self, episodes: Sequence[Episode], seed: int, measuring: Measuring) -> list[Episode]:
         """Local re-rolls of some of `episodes`; equally many on every rank."""
@@ -311,14 +329,14 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         if not wanted:
             return []
         able = [episode for episode in episodes if places(episode)]
-        count = min(wanted, -self._reduce_max(-len(able)))
+        count = min(wanted, -self.ranks.max(-len(able)))
         chosen = random.Random(seed).sample(able, count)
-        self._metrics["train"]["rerolls/count"].append(self._reduce_sum(count * section.count))
+        self._metrics["train"]["rerolls/count"].append(self.ranks.sum(count * section.count))
         return reroll(self.parts.agent, chosen, self.policy, section.count, seed, measuring.submit)
 
     def _assess(self, episodes: list[Episode], measuring: Measuring) -> Assessment:
         """Scores, rewards, advantages and credit of this rank's episodes, compared over whole groups."""
-        gather = gather_object if self.accelerator.num_processes > 1 else None
+        gather = self.ranks.gather if self.ranks.count > 1 else None
         assessment = self.parts.rewards.assess(
             episodes,
             measuring.finish(episodes, gather),
@@ -336,7 +354,10 @@ class EpisodeGRPOTrainer(GRPOTrainer):
     @contextmanager
     def _sampling_model(self) -> Iterator[Any]:
         """The model in evaluation mode, gathered and without gradient checkpointing."""
+        plain = self.accelerator.unwrap_model(self.model)
+        prepared = self.model_wrapped is not self.model or isinstance(plain, FSDPModule)
         with (
+            nullcontext() if prepared else placed(plain, self.args.device),
             unwrap_model_for_generation(
                 self.model_wrapped,
                 self.accelerator,
@@ -344,7 +365,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ) as plain,
             torch.no_grad(),
-            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+            unsharded(plain),
         ):
             was_training = plain.training
             plain.eval()
@@ -362,8 +383,8 @@ class EpisodeGRPOTrainer(GRPOTrainer):
             tokens[row.episode] += row.trained_tokens
         # Groups without spread have advantage 0 and so no gradient: they count in every mean and cost no pass.
         rows = [row for row in all_rows if any(row.advantages)]
-        total = float(self._reduce_sum(sum(tokens)))
-        counted = self._reduce_sum(sum(number > 0 for number in tokens))
+        total = float(self.ranks.sum(sum(tokens)))
+        counted = self.ranks.sum(sum(number > 0 for number in tokens))
         values = loss_weights(
             rows, tokens, self.loss_type, self.args.max_completion_length, total=total, episodes=counted
         )
@@ -383,14 +404,15 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         # Another engine computes log-probs a little differently: the ratio against what it sampled by corrects that.
         reused |= self.policy.elsewhere
         buffer: list[list[MicroBatch]] = []
-        for step in plan:
-            count = self._reduce_max(len(step))  # every rank does as many passes as the busiest
-            if self.accelerator.num_processes > 1:
+        sizes: list[list[list[int]]] = self.ranks.gather([[[len(group) for group in step] for step in plan]])
+        for place, step in enumerate(plan):
+            count = max(len(own[place]) for own in sizes)  # every rank does as many passes as the busiest
+            if self.ranks.count > 1:
                 count = max(count, 1)  # gradients are exchanged on the last pass of an optimizer step, so there is one
             micro_batches = []
             for number in range(count):
                 group = step[number] if number < len(step) else []
-                size = max(self._reduce_max(len(group)), 1)
+                size = max((own[place][number] for own in sizes if number < len(own[place])), default=1)
                 micro = collate(group, [weights[id(row)] for row in group], self._tokenizer.pad_token_id, size)
                 widest = max((row.length for row in group), default=2)
                 self._computed_tokens[0] += sum(row.length for row in group)
@@ -402,21 +424,11 @@ class EpisodeGRPOTrainer(GRPOTrainer):
                 micro["num_items_in_batch"] = torch.tensor(max(total, 1.0) * scale, device=self.args.device)
                 micro_batches.append(micro)
             buffer.append(micro_batches)
-        self.totals["trained_tokens"] += int(self._reduce_sum(sum(row.trained_tokens for row in rows)))
-        self._metrics["train"]["rows/count"].append(self._reduce_sum(len(all_rows)))
-        self._metrics["train"]["rows/trained"].append(self._reduce_sum(len(rows)))
-        self._metrics["train"]["tokens/trained"].append(self._reduce_sum(sum(row.trained_tokens for row in rows)))
+        self.totals["trained_tokens"] += int(self.ranks.sum(sum(row.trained_tokens for row in rows)))
+        self._metrics["train"]["rows/count"].append(self.ranks.sum(len(all_rows)))
+        self._metrics["train"]["rows/trained"].append(self.ranks.sum(len(rows)))
+        self._metrics["train"]["tokens/trained"].append(self.ranks.sum(sum(row.trained_tokens for row in rows)))
         return buffer
-
-    def _reduce_sum(self, value: float) -> float:
-        if self.accelerator.num_processes == 1:
-            return value
-        return self.accelerator.reduce(torch.tensor(float(value), device=self.args.device), reduction="sum").item()
-
-    def _reduce_max(self, value: int) -> int:
-        if self.accelerator.num_processes == 1:
-            return value
-        return int(self.accelerator.gather(torch.tensor([value], device=self.args.device)).max())
 
     # ---- logging -----------------------------------------------------------------------------
 
@@ -424,8 +436,8 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         metrics = self._metrics["train"]
 
         def mean(name: str, values: Sequence[float]) -> None:
-            count = self._reduce_sum(len(values))
-            average = self._reduce_sum(math.fsum(values)) / count if count else float("nan")
+            count = self.ranks.sum(len(values))
+            average = self.ranks.sum(math.fsum(values)) / count if count else float("nan")
             metrics[name].append(average)
 
         measured = assessment.rewards[np.isfinite(assessment.rewards)]
@@ -441,7 +453,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         share = statistics.same_state_share(episodes)
         mean("groups/same_state_share", [] if share is None else [share])
         generated = sum(len(turn.completion_ids) for turn in turns)
-        metrics["tokens/generated"].append(self._reduce_sum(generated))
+        metrics["tokens/generated"].append(self.ranks.sum(generated))
         metrics["episodes/count"].append(len(assessment.rewards))
         metrics["episodes/failed"].append(assessment.failed)
         advantages = assessment.advantages
@@ -452,16 +464,16 @@ class EpisodeGRPOTrainer(GRPOTrainer):
                 metrics[f"groups/{state}_share"].append(advantages.share(state))
             metrics["frac_reward_zero_std"].append(advantages.dead_share)
         self.totals["episodes"] += len(assessment.rewards)
-        self.totals["generated_tokens"] += int(self._reduce_sum(generated))
+        self.totals["generated_tokens"] += int(self.ranks.sum(generated))
         run, count = self.parts.run, self.parts.rollout.log_episodes
         step = self.state.global_step + 1  # the update these episodes are for
         if run is None or step % max(int(self.args.logging_steps), 1) != 0:
             return
         wanted = {item["episode"] for item in assessment.record["disagreements"]} if count else set()
         shown, others = episodes[:count], [episode for episode in episodes[count:] if episode.id in wanted]
-        if self.accelerator.num_processes > 1:  # the widest disagreements can be on any rank
+        if self.ranks.count > 1:  # the widest disagreements can be on any rank
             mine = {episode.id for episode in shown} if self.accelerator.is_main_process else set()
-            found = gather_object([episode for episode in episodes if episode.id in wanted - mine])
+            found = self.ranks.gather([episode for episode in episodes if episode.id in wanted - mine])
             others = [episode for episode in found if episode.id not in {own.id for own in shown}]
         if self.accelerator.is_main_process:
             run.log_episodes(step, "train", [*shown, *others])
@@ -488,7 +500,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         """
         began = time.perf_counter()
         was_training = self.model.training
-        with self._sampling_model() as plain:
+        with self.ranks.together(), self._sampling_model() as plain:
             self.policy.use(plain, self.state.global_step)
             options = self.parts.eval or EvalOptions(self.parts.rewards)
             result = evaluate_agent(self.parts.agent, self.parts.eval_tasks, self.policy, options)
@@ -503,6 +515,23 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         return metrics
 
     # ---- checkpoints -------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the whole weights, or the whole adapter, to `output_dir`, whatever they are sharded over.
+
+        transformers does so for FSDP only with `state_dict_type: FULL_STATE_DICT` and for ZeRO-3 only with
+        `stage3_gather_16bit_weights_on_model_save`, and writes no model, with at most a warning, without them.
+        """
+        weights = whole_state_dict(self.model_wrapped, self.accelerator)
+        if weights is None:
+            return super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=weights)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # the last file of each rank; `trainer_state.json` comes next and says that the checkpoint is complete
+        self.accelerator.wait_for_everyone()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         state: dict[str, Any] = {"step": self._step, "buffer": [], "rewards": self.parts.rewards.state_dict()}
@@ -545,6 +574,16 @@ def _windows(rows: list[Row], episodes: int, count: int, seed: int) -> list[list
 def _seed(*parts: object) -> int:
     """A 63-bit seed that depends on all `parts`; a resumed run draws the same numbers."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "big") >> 1
+
+
+class _CheckWrapped(TrainerCallback):
+    """Compares the model as it is wrapped for training with what was asked for, before the first step."""
+
+    def __init__(self, trainer: EpisodeGRPOTrainer, asked: Asked) -> None:
+        self.trainer, self.asked = trainer, asked
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        check_wrapped(self.asked, self.trainer.model_wrapped, self.trainer.ranks.count, self.trainer.args)
 
 
 class _StepClock(TrainerCallback):
