@@ -86,7 +86,12 @@ def whole_state_dict(model: Any, accelerator: Accelerator) -> dict[str, Any] | N
     Must be called on every rank.
     """
     if isinstance(model, FSDPModule):
-        return accelerator.get_state_dict(model)
+        weights: dict[str, Any] = accelerator.get_state_dict(model)
+        for name, source in getattr(model, "all_tied_weights_keys", {}).items():
+            # a gathered copy has no storage in common with the weights it is tied to, so it would be saved twice
+            if name in weights and source in weights and torch.equal(weights[name], weights[source]):
+                del weights[name]
+        return weights
     if hasattr(model, "zero_optimization_stage") and model.zero_optimization_stage() == 3:
         # named for 16 bits, but the weights keep their type; None on ranks that are not to save
         adapter = isinstance(model.module, PeftModel)

@@ -69,6 +69,7 @@ def save_whole(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before its first checkpoint, now resumed
     temporary.rename(folder)
 
 

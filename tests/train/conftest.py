@@ -7,8 +7,10 @@ import copy
 import gc
 import os
 import random
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -296,6 +298,22 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / torch.maximum(a.norm(), b.norm()))
 
 
+def step_alone(case: dict[str, Any], tokenizer: Any, folder: Any) -> torch.Tensor:
+    """Gradient of one process on all episodes of a case of `rank_jobs`."""
+    options = dict(case["options"])
+    options["per_device_train_batch_size"] *= 2
+    steps, _ = step_of_ours(
+        recorded_groups(**case["groups"]),
+        make_model(),
+        tokenizer,
+        folder,
+        budget=case["budget"],
+        dimensions=EVERY_SCOPE if case["every_scope"] else (),
+        **options,
+    )
+    return steps[0]
+
+
 class Bench:
     """The functions above, handed to tests as one fixture."""
 
@@ -303,6 +321,7 @@ class Bench:
     groups = staticmethod(recorded_groups)
     ours = staticmethod(step_of_ours)
     trl = staticmethod(step_of_trl)
+    alone = staticmethod(step_alone)
     relative = staticmethod(relative)
     config = staticmethod(config)
     ids = staticmethod(ids)
@@ -311,6 +330,37 @@ class Bench:
     KeepGradients = KeepGradients
     recorded_reward = staticmethod(recorded_reward)
     every_scope = EVERY_SCOPE
+
+
+class Pairs:
+    """Results of the pairs of processes, each started when a test first asks for it."""
+
+    def __init__(self, folders: pytest.TempPathFactory) -> None:
+        self.folders = folders
+        self._done: dict[str, tuple[Path, dict[str, Any] | BaseException]] = {}
+
+    def __getitem__(self, pair: str) -> tuple[Path, dict[str, Any]]:
+        """Folder of the pair's runs, and what each job came to, by name."""
+        from tests.engines import engine_python
+        from tests.train.launching import run_jobs
+        from tests.train.rank_jobs import JOBS
+
+        if pair not in self._done:
+            python = engine_python("deepspeed") if pair == "zero" else sys.executable
+            folder = self.folders.mktemp(pair)
+            try:
+                self._done[pair] = folder, run_jobs(JOBS[pair], pair, folder, python)
+            except BaseException as error:
+                self._done[pair] = folder, error  # for every test of this pair, which is not started again
+        folder, results = self._done[pair]
+        if isinstance(results, BaseException):
+            raise results
+        return folder, results
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
+    return Pairs(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,6 @@ import sys
 def install() -> None:
     """Call before anything makes an accelerator state."""
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.pop("ACCELERATE_USE_CPU", None)
     from accelerate.state import DistributedType, PartialState
 

@@ -1,40 +1,166 @@
-"""One of the processes that `test_ranks.py` starts: our trainer's step on recorded episodes, case by case.
+"""One of the processes that tests start in pairs: jobs, one after another, because starting up is what takes time.
 
-Arguments: a JSON list of cases, and the file for the gradients, which rank 0 writes.
+Arguments: a JSON object of jobs by name, and a folder. A job is the name of a function here and its arguments; what
+it returns on rank 0 is written to `FOLDER/results.pt`.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
 
-from tests.train.conftest import EVERY_SCOPE, VOCABULARY, make_model, recorded_groups, step_of_ours, tiny_tokenizer
+from memfactory.errors import MemFactoryError
+from memfactory.reward.system import RewardSystem
+from memfactory.train.prepare import prepare
+from memfactory.train.run import train
+from memfactory.train.sharding import whole_state_dict
+from memfactory.train.trainer import EpisodeGRPOTrainer
+from tests.train import cpu_shim
+from tests.train.conftest import (
+    EVERY_SCOPE,
+    VOCABULARY,
+    ReplayAgent,
+    make_model,
+    recorded_groups,
+    step_of_ours,
+    tiny_tokenizer,
+)
+from tests.train.launching import LEARNING_RATE
+
+
+def options(engine: str) -> dict[str, Any]:
+    """Of `train:`, for an engine."""
+    if engine == "ddp":
+        return {}
+    if engine == "fsdp2":
+        return {"fsdp": True, "use_cpu": False}
+    automatic = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    zero = {"stage": int(engine.removeprefix("zero"))}
+    return {"use_cpu": False, "deepspeed": dict.fromkeys(automatic, "auto") | {"zero_optimization": zero}}
+
+
+def step(case: dict[str, Any], folder: Path, engine: str) -> tuple[list[torch.Tensor], EpisodeGRPOTrainer, Any]:
+    model = make_model()
+    steps, trainer = step_of_ours(
+        recorded_groups(**case["groups"]),
+        model,
+        tiny_tokenizer(VOCABULARY),
+        folder,
+        budget=case["budget"],
+        dimensions=EVERY_SCOPE if case["every_scope"] else (),
+        **case["options"],
+        **options(engine),
+    )
+    return steps, trainer, model
+
+
+def gradient(case: dict[str, Any], folder: Path) -> list[torch.Tensor]:
+    """The gradient of a step under DDP, of both ranks."""
+    steps, _, _ = step(case, folder, "ddp")
+    both = [torch.empty_like(steps[0]) for _ in range(dist.get_world_size())]
+    dist.all_gather(both, steps[0])
+    return both
+
+
+def difference(case: dict[str, Any], folder: Path, engine: str) -> torch.Tensor:
+    """The gradient of a step, as what plain SGD took off the weights: sharded gradients are nowhere whole."""
+    before = {name: value.clone() for name, value in make_model().state_dict().items()}
+    case["options"] |= {"optim": "sgd", "learning_rate": LEARNING_RATE}
+    _, trainer, model = step(case, folder, engine)
+    after = whole_state_dict(trainer.model_wrapped, trainer.accelerator) or model.state_dict()
+    if dist.get_rank():
+        return torch.empty(0)
+    return torch.cat([(before[name] - after[name]).flatten() / LEARNING_RATE for name in before])
+
+
+def failure(where: str, ranks: list[int], folder: Path, engine: str) -> list[str]:
+    """What each rank ends with when `ranks` raise while they do `where`."""
+
+    def breaks(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(f"no {where} here")
+
+    case = {
+        "groups": {"tasks": 4, "generations": 4},
+        "budget": 40,
+        "every_scope": True,
+        "options": {"num_generations": 4, "per_device_train_batch_size": 8},
+    }
+    owner, name = {
+        "generating": (ReplayAgent, "run"),
+        "scoring": (RewardSystem, "assess"),
+        "learning": (EpisodeGRPOTrainer, "_learn"),
+        "logging": (EpisodeGRPOTrainer, "_log_rollout"),
+    }[where]
+    with replaced(owner, name, breaks if dist.get_rank() in ranks else getattr(owner, name)):
+        try:
+            step(case, folder, engine)
+        except MemFactoryError as error:
+            ending = f"{type(error).__name__}: {error}"
+        else:
+            ending = "none"
+    both: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(both, ending)
+    return both
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def run(folder: Path, engine: str, overrides: list[str], resume: bool = False) -> dict[str, Any]:
+    """`memfactory train`; its summary."""
+    asked = [f"train.{name}={json.dumps(value)}" for name, value in options(engine).items()]
+    prepared = prepare(Path("recipes/memagent/quickstart.yaml"), [f"output_dir={folder}", *overrides, *asked])
+    return train(prepared, resume=resume, console=Console(quiet=True))
+
+
+def resume(source: str, folder: Path, engine: str, overrides: list[str]) -> dict[str, Any]:
+    """The run at `source`, gone on with from the first of its checkpoints as if it had been killed after it."""
+    if dist.get_rank() == 0:
+        shutil.copytree(folder.parent / source, folder)
+        shutil.rmtree(folder / "model")
+        for checkpoint in sorted((folder / "checkpoints").glob("checkpoint-*"))[1:]:
+            shutil.rmtree(checkpoint)
+        summary = json.loads((folder / "summary.json").read_text())
+        (folder / "summary.json").write_text(json.dumps(summary | {"stopped": "unfinished"}))
+    dist.barrier()
+    return run(folder, engine, overrides, resume=True)
 
 
 def main() -> None:
-    cases, out = json.loads(sys.argv[1]), Path(sys.argv[2])
+    if os.environ["MEMFACTORY_TEST_ENGINE"] != "ddp":
+        cpu_shim.install()
+    jobs, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
-    results = []
-    for number, case in enumerate(cases):
-        steps, trainer = step_of_ours(
-            recorded_groups(**case["groups"]),
-            make_model(),
-            tiny_tokenizer(VOCABULARY),
-            out.parent / f"run{number}",
-            budget=case["budget"],
-            dimensions=EVERY_SCOPE if case["every_scope"] else (),
-            **case["options"],
-        )
-        both = [torch.empty_like(steps[0]) for _ in range(dist.get_world_size())]
-        dist.all_gather(both, steps[0])
-        results.append({"gradients": both, "micro_batches": sum(map(len, trainer._buffer))})
+    results: dict[str, Any] = {}
+    for number, (name, job) in enumerate(jobs.items()):
+        arguments = job["arguments"]
+        arguments["folder"] = folder / arguments.get("folder", f"job{number}")
+        began = time.perf_counter()
+        results[name] = globals()[job["function"]](**arguments)
+        print(f"{name}: {time.perf_counter() - began:.1f} s", flush=True)
     if dist.get_rank() == 0:
-        torch.save(results, out)
+        torch.save(results, folder / "results.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 
-main()
+if __name__ == "__main__":
+    main()
