@@ -20,6 +20,7 @@ from memfactory.errors import DataError, MemFactoryError, RecipeError
 
 COMMANDS = {
     "train": ("memfactory.cli.train:train", "Train an agent with a recipe."),
+    "launch": ("memfactory.cli.launch:launch", "Train on several processes, GPUs or nodes."),
     "eval": ("memfactory.cli.eval:evaluate", "Measure a checkpoint with the agent of its recipe."),
     "serve-rollouts": (
         "memfactory.cli.serve_rollouts:serve_rollouts",
