@@ -1,9 +1,9 @@
 """The run folder: everything that stays of a run, in files that any tool can read.
 
 ``recipe.yaml`` says what was asked for, ``metrics.jsonl`` what was measured, ``rewards.jsonl`` what each reward
-dimension did, ``episodes.jsonl`` what the agent saw and wrote, ``summary.json`` what came out, ``checkpoints/``
-what training goes on from. The fields are documented in ``docs/run-folder.md``. Only the main process of a run
-writes here.
+dimension did, ``episodes.jsonl`` what the agent saw and wrote, ``ledger.jsonl`` what became of each prompt,
+``summary.json`` what came out, ``checkpoints/`` what training goes on from. The fields are documented in
+``docs/run-folder.md``. Only the main process of a run writes here.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from memfactory.checkpoints import damage, is_written, saving
 from memfactory.episode import (
     Answer,
     Choice,
@@ -32,8 +36,13 @@ from memfactory.episode import (
     Task,
     Turn,
 )
-from memfactory.errors import DataError, RecipeError, boundary
+from memfactory.errors import DataError, EngineError, RecipeError, boundary
 from memfactory.recipe import Recipe
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: two processes in one folder are then nobody's to notice
+    fcntl = None  # type: ignore[assignment]
 
 SCHEMA_VERSION = 1
 """Version of every line and file below. It grows when a field changes its meaning or goes away."""
@@ -60,6 +69,7 @@ class RunFolder:
         Raises:
             RecipeError: the folder holds a run and `resume` is false, or holds the run of another
                 recipe (the keys that differ are named), or cannot be made.
+            EngineError: all its checkpoints are damaged.
         """
         folder = cls(Path(path))
         if not folder.recipe_file.exists():
@@ -69,30 +79,77 @@ class RunFolder:
                 _write_atomically(folder.recipe_file, stored)
             return folder
         if not resume:
-            folder.refuse_if_taken()
-        differences = _differences(folder.read_recipe(), recipe.dump())
-        if differences:
-            raise RecipeError(
-                f"run folder {path}",
-                f"its run was started from another recipe: {'; '.join(differences)}",
-                "resume with the recipe it was started from, or give a new folder with output_dir=...",
+            raise RecipeError(f"run folder {path}", "it already holds a run", "output_dir=... for another folder")
+        folder.refuse_other(recipe)
+        checkpoint, damaged = folder.latest_checkpoint(), folder.damaged_checkpoints()
+        if checkpoint is None and damaged:
+            raise EngineError(
+                f"run folder {path} has no checkpoint to go on from",
+                "; ".join(f"{broken.name}: {what}" for broken, what in damaged),
+                "put the file back from a backup, or begin anew with --start-over, which sets that run aside",
             )
-        checkpoint = folder.latest_checkpoint()
         folder.truncate_after(checkpoint_step(checkpoint) if checkpoint else -1)
         return folder
 
-    def refuse_if_taken(self) -> None:
-        """Check that no run lies here.
+    def refuse_other(self, recipe: Recipe) -> None:
+        """Fail where the folder holds a run of another recipe.
 
         Raises:
-            RecipeError: one does.
+            RecipeError: it does; the keys that differ are named.
         """
-        if self.recipe_file.exists():
+        differences = _differences(self.read_recipe(), recipe.dump()) if self.recipe_file.exists() else []
+        if differences:
             raise RecipeError(
                 f"run folder {self.path}",
-                "it already holds a run",
-                "--resume to continue that run, or output_dir=... for another folder",
+                f"its run was started from another recipe: {'; '.join(differences)}",
+                "go on with the recipe it was started from, or give a new folder with output_dir=..., or use "
+                "--start-over, which sets that run aside",
             )
+
+    def set_aside(self) -> Path | None:
+        """Rename the folder, if it holds a run, to the first free ``NAME.1``, ``NAME.2``, ...: where it is now.
+
+        Raises:
+            RecipeError: another process is training in it.
+        """
+        if not self.recipe_file.exists():
+            return None
+        with self.held():
+            number = 1
+            while (target := self.path.with_name(f"{self.path.name}.{number}")).exists():
+                number += 1
+            return self.path.rename(target)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the folder from a second training process; the system lets go of it however the first one ends.
+
+        Raises:
+            RecipeError: another process is training in it.
+        """
+        if fcntl is None:
+            yield
+            return
+        with boundary(RecipeError, f"run folder {self.path} cannot be made", "choose another with output_dir=..."):
+            self.path.mkdir(parents=True, exist_ok=True)
+            stream = (self.path / ".lock").open("a+", encoding="utf-8")
+        with stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                stream.seek(0)
+                raise RecipeError(
+                    f"run folder {self.path}",
+                    f"another process is training in it ({stream.read().strip() or 'it does not say which'})",
+                    "wait until it ends or stop it, or give another folder with output_dir=...",
+                ) from error
+            except OSError:  # a file system without locks
+                yield
+                return
+            stream.truncate(0)
+            stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            stream.flush()
+            yield
 
     @property
     def recipe_file(self) -> Path:
@@ -109,6 +166,10 @@ class RunFolder:
     @property
     def rewards_file(self) -> Path:
         return self.path / "rewards.jsonl"
+
+    @property
+    def ledger_file(self) -> Path:
+        return self.path / "ledger.jsonl"
 
     @property
     def summary_file(self) -> Path:
@@ -145,6 +206,14 @@ class RunFolder:
     def log_rewards(self, step: int, record: Mapping[str, Any]) -> None:
         """Append one line to ``rewards.jsonl``: what each dimension did in the batch of `step`, and why it failed."""
         _append(self.rewards_file, [_plain({"schema": SCHEMA_VERSION, "step": step, **record})])
+
+    def log_ledger(self, record: Mapping[str, Any]) -> None:
+        """Append one line to ``ledger.jsonl``: see :class:`memfactory.train.ledger.Ledger`."""
+        _append(self.ledger_file, [{"schema": SCHEMA_VERSION, **record}])
+
+    def read_ledger(self) -> list[Record]:
+        """All lines of ``ledger.jsonl``, in the order written."""
+        return list(_read(self.ledger_file))
 
     def read_rewards(self) -> list[Record]:
         """All lines of ``rewards.jsonl``, in the order written."""
@@ -192,29 +261,47 @@ class RunFolder:
         """Drop the lines of later steps (and a torn last line), so that a resumed run has no duplicates.
 
         Warm-up counts its own steps and comes before step 1, so its lines stay. A negative `step` means
-        that there is nothing to go on from, and drops all lines.
+        that there is nothing to go on from but a warmed-up model, if it was saved, and drops all other lines.
         """
+        warm = step >= 0 or (self.path / "initial").is_dir()
 
         def kept(record: Record) -> bool:
-            return step >= 0 and (record.get("phase") == "warmup" or record["step"] <= step)
+            return warm if record.get("phase") == "warmup" else record["step"] <= step
 
-        for file in (self.metrics_file, self.episodes_file, self.rewards_file):
+        for file in (self.metrics_file, self.episodes_file, self.rewards_file, self.ledger_file):
             if file.exists():
                 _filter(file, kept)
 
     def latest_checkpoint(self) -> Path | None:
-        """The newest ``checkpoints/checkpoint-N`` that was written to its end, or None.
-
-        The trainer writes ``trainer_state.json`` after weights and optimizer: a checkpoint with a
-        readable one is complete.
-        """
+        """The newest ``checkpoints/checkpoint-N`` that was written to its end and is whole, or None."""
         for checkpoint in sorted(self._checkpoints(), key=checkpoint_step, reverse=True):
-            try:
-                json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                continue
-            return checkpoint
+            if is_written(checkpoint) and not damage(checkpoint):
+                return checkpoint
         return None
+
+    def damaged_checkpoints(self) -> list[tuple[Path, str]]:
+        """Checkpoints that were written to their end and are not whole now, oldest first, and what is wrong."""
+        written = sorted(filter(is_written, self._checkpoints()), key=checkpoint_step)
+        return [(checkpoint, what) for checkpoint in written if (what := damage(checkpoint))]
+
+    def clean_checkpoints(self) -> list[str]:
+        """Remove checkpoints that were never written to their end, and rename damaged ones to ``damaged-...``.
+
+        The trainer counts folders by their name when it deletes old checkpoints: these would stand for good ones.
+
+        Returns:
+            what was renamed and why, in words.
+        """
+        told = []
+        for checkpoint, what in self.damaged_checkpoints():
+            target = checkpoint.with_name(f"damaged-{checkpoint.name}")
+            shutil.rmtree(target, ignore_errors=True)
+            checkpoint.rename(target)
+            told.append(f"{checkpoint} is damaged: {what}; it is now {target.name} and is not used")
+        for checkpoint in list(self._checkpoints()):
+            if not is_written(checkpoint):
+                shutil.rmtree(checkpoint)
+        return told
 
     def _checkpoints(self) -> Iterator[Path]:
         for folder in self.checkpoints.glob("checkpoint-*"):
@@ -387,7 +474,7 @@ def _or_nan(value: float | None) -> float:
 
 
 def _append(file: Path, records: Iterable[Record]) -> None:
-    with file.open("a", encoding="ascii", newline="\n") as stream:
+    with saving(file), file.open("a", encoding="ascii", newline="\n") as stream:
         for record in records:
             # pure ASCII: a lone surrogate or a line separator in model text cannot break the file
             stream.write(json.dumps(record, ensure_ascii=True, separators=(",", ":"), default=str) + "\n")
@@ -429,8 +516,9 @@ def _filter(file: Path, kept: Callable[[Record], bool]) -> None:
 
 def _write_atomically(file: Path, text: str) -> None:
     temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+    with saving(file):
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, file)
 
 
 def _differences(stored: Record, given: Record) -> list[str]:

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from memfactory.cli.recipes import find_recipe
-from memfactory.errors import DataError
+from memfactory.errors import DataError, RecipeError
 
 
 def train(
@@ -17,7 +17,11 @@ def train(
         list[str] | None, typer.Argument(metavar="[key=value ...]", help="Entries to change, e.g. train.max_steps=10.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run folder.")
+        bool,
+        typer.Option("--resume", help="Go on from the newest checkpoint. The same command without it does so too."),
+    ] = False,
+    start_over: Annotated[
+        bool, typer.Option("--start-over", help="Begin anew; a run that lies in the folder is set aside as NAME.1.")
     ] = False,
     dry_run: Annotated[
         bool,
@@ -41,8 +45,11 @@ def train(
             prepared = prepare(path, overrides or [], splits=())
         try_out(prepared, console, problem)
         return
+    if resume and start_over:
+        raise RecipeError("--resume and --start-over", "one goes on with a run, the other begins anew", "give one")
     from memfactory.train.run import train as run
+    from memfactory.train.signals import exit_code
 
-    summary = run(prepare(path, overrides or []), resume=resume, console=console)
+    summary = run(prepare(path, overrides or []), start_over=start_over, console=console)
     if summary["stopped"] == "interrupted":
-        raise typer.Exit(130)
+        raise typer.Exit(exit_code(summary["signal"]))

@@ -288,11 +288,11 @@ def start_errors(plan: Plan, request: Request, *, resume: bool) -> list[MemFacto
 
 
 def folder_errors(recipe: Recipe) -> list[MemFactoryError]:
-    """Whether a run lies in the run folder already."""
+    """Whether a run of another recipe lies in the run folder."""
     from memfactory.runs import RunFolder
 
     errors: list[MemFactoryError] = []
-    attempt(lambda: RunFolder(recipe.run_dir).refuse_if_taken(), errors)
+    attempt(lambda: RunFolder(recipe.run_dir).refuse_other(recipe), errors)
     return errors
 
 

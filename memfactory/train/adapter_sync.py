@@ -21,17 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from peft import get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
-from memfactory.errors import EngineError, MemFactoryError, boundary
+from memfactory.errors import EngineError, boundary
 from memfactory.policy.vllm_policy import LOOP
 from memfactory.policy.vllm_pool import Adapter, Canary, ServerPool
+from memfactory.train.ranks import Ranks
 
 KEPT = 2
 """Adapters that stay on disk: a server may read the newest again after it had to drop it from memory."""
@@ -97,18 +96,11 @@ class AdapterSync:
         state = _whole(get_peft_model_state_dict(model)) if hasattr(model, "peft_config") else {}
         model.train(was_training)
         canary = Canary(ids, expected, self._before, self.tolerance)
-        ranks = PartialState()
-        outcome: list[Any] = [None]
-        if ranks.is_main_process:
-            try:
-                outcome = [self._send(model, state, canary, f"{self.pool.family}{self._life}-v{self.count}")]
-            except MemFactoryError as error:
-                outcome = [error]
-        if ranks.num_processes > 1:
-            broadcast_object_list(outcome)
-        if isinstance(outcome[0], MemFactoryError):
-            raise outcome[0]
-        self.pool.adapter, self.pool.canary = outcome[0], canary
+        ranks = Ranks()
+        with ranks.together():
+            name = f"{self.pool.family}{self._life}-v{self.count}"
+            adapter = ranks.first(self._send(model, state, canary, name) if ranks.main else None)
+        self.pool.adapter, self.pool.canary = adapter, canary
         self._before = expected
         self.count += 1
         self.seconds += time.perf_counter() - start

@@ -1,10 +1,8 @@
-"""What a person sees while a run goes on, what is written down, and how Ctrl-C ends it well."""
+"""What a person sees while a run goes on, and what is written down."""
 
 from __future__ import annotations
 
 import math
-import signal
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -12,7 +10,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from memfactory.runs import RunFolder
-from memfactory.train.ranks import Ranks
 
 
 def progress_bar(console: Console) -> Progress:
@@ -117,41 +114,6 @@ def describe(metrics: dict[str, float], prefix: str = "") -> str:
     if f"{prefix}sampled_retain" in metrics:
         parts.append(f"facts kept per chunk {metrics[f'{prefix}sampled_retain']:.2f}")
     return ", ".join(parts)
-
-
-class StopOnInterrupt(TrainerCallback):
-    """First Ctrl-C (or SIGTERM): finish the step, save a checkpoint, stop. Second Ctrl-C: stop at once."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.interrupted = False
-        self._before: dict[int, Any] = {}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._before[number] = signal.signal(number, self._handle)
-            except ValueError:  # not in the main thread: whoever runs it handles signals
-                return
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.interrupted and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.interrupted = True
-        self.console.print("[yellow]stopping after this step, with a checkpoint (Ctrl-C again: at once)[/yellow]")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        # a signal reaches ranks at different moments; they must stop after the same step or would wait for each other
-        self.interrupted = bool(Ranks().max(self.interrupted))
-        if self.interrupted:
-            control.should_save = True
-            control.should_training_stop = True
-            control.should_evaluate = False
-        return control
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 def _shown(value: float | None) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -64,11 +64,13 @@ class _Elsewhere(Exception):
 class Ranks:
     """All processes of the run. With one process, everything here is what it is without."""
 
+    _inside: ClassVar[bool] = False
+    """Whether this process is in a block of `together`, whichever object of this class opened it."""
+
     def __init__(self) -> None:
         state = PartialState()
         self.count: int = state.num_processes
         self.own: int = state.process_index
-        self._inside = False
 
     @property
     def main(self) -> bool:
@@ -113,7 +115,7 @@ class Ranks:
         if self.count == 1 or self._inside:
             yield
             return
-        self._inside = True
+        Ranks._inside = True
         try:
             try:
                 yield
@@ -126,7 +128,7 @@ class Ranks:
         except _Elsewhere as elsewhere:
             raise elsewhere.failed.error() from elsewhere.__cause__
         finally:
-            self._inside = False
+            Ranks._inside = False
 
     def _exchange(self, message: _Items | _Done | _Failed, cause: Exception | None = None) -> list[Any]:
         messages = gather_object([message])

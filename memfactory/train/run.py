@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import GRPOConfig
 
+from memfactory.checkpoints import saving
 from memfactory.evaluate.report import write_report
 from memfactory.evaluate.run import evaluate_agent
 from memfactory.policy.models import load_checkpoint, load_tokenizer, lora_config
@@ -19,24 +21,28 @@ from memfactory.policy.transformers_backend import TransformersPolicy
 from memfactory.policy.vllm_needs import base_model
 from memfactory.recipe import Recipe
 from memfactory.runs import RunFolder
-from memfactory.train.callbacks import RunLog, StopOnInterrupt, describe, progress_bar
+from memfactory.train.callbacks import RunLog, describe, progress_bar
 from memfactory.train.config import build_config
 from memfactory.train.distribution import Asked, check_options, check_started
 from memfactory.train.policies import needs_initial, route
 from memfactory.train.prepare import Prepared, check_documents
 from memfactory.train.ranks import Ranks
 from memfactory.train.sharding import loaded_whole
+from memfactory.train.signals import Interrupted, StopOnSignal
 from memfactory.train.start import save_whole, starting_model
 from memfactory.train.summary import Clock, facts, peak_memory
 from memfactory.train.trainer import EpisodeGRPOTrainer, Parts
 
 
-def train(prepared: Prepared, *, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
+def train(prepared: Prepared, *, start_over: bool = False, console: Console | None = None) -> dict[str, Any]:
     """Run a prepared recipe: warm-up, evaluation, GRPO, evaluation, report.
+
+    Where the run folder holds an unfinished run of this recipe, it goes on from its newest checkpoint; a finished one
+    is left as it is.
 
     Args:
         prepared: from :func:`memfactory.train.prepare.prepare`.
-        resume: go on from the newest checkpoint of the run folder; a finished run is left as it is.
+        start_over: begin anew; a run that lies in the folder is set aside.
         console: where to print; default standard output.
 
     Returns:
@@ -44,15 +50,33 @@ def train(prepared: Prepared, *, resume: bool = False, console: Console | None =
 
     Raises:
         MemFactoryError: see its classes; the run folder keeps everything written so far.
+        KeyboardInterrupt: a second SIGINT.
     """
+    ranks = Ranks()
+    console = (console or Console()) if ranks.main else Console(quiet=True)
+    run = RunFolder(prepared.recipe.run_dir)
+    with StopOnSignal(console) as stop, ExitStack() as held:
+        try:
+            return _train(prepared, run, stop, held, console, start_over=start_over)
+        except Interrupted:
+            summary = run.read_summary() if run.recipe_file.exists() else {}
+            summary |= {"name": prepared.recipe.name, "stopped": "interrupted", "signal": stop.name}
+            if ranks.main and run.recipe_file.exists():
+                run.write_summary(summary)
+            console.print(f"stopped by {stop.name}; the same command goes on", highlight=False)
+            return summary
+
+
+def _train(
+    prepared: Prepared, run: RunFolder, stop: StopOnSignal, held: ExitStack, console: Console, *, start_over: bool
+) -> dict[str, Any]:
     clock = Clock.start()
     recipe = prepared.recipe
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    earlier = RunFolder(recipe.run_dir)
     config = build_config(
         recipe.train,
-        checkpoints=earlier.checkpoints,
+        checkpoints=run.checkpoints,
         seed=recipe.seed,
         max_completion_length=prepared.max_turn_tokens,
     )
@@ -60,28 +84,43 @@ def train(prepared: Prepared, *, resume: bool = False, console: Console | None =
     check_options(config, asked)
     check_started(asked)
     ranks = Ranks()
-    console = (console or Console()) if ranks.main else Console(quiet=True)
-    done = earlier.read_summary() if resume else {}
+    with ranks.together():
+        aside = ranks.first(run.set_aside() if start_over and ranks.main else None)
+    if aside is not None:
+        console.print(f"the run that was in {run.path} is now {aside}", soft_wrap=True)
+    done = ranks.first(run.read_summary())
     if done.get("stopped") == "finished" and done["recipe_hash"] == recipe.hash():
-        console.print(f"already finished; report: {earlier.path / 'report.html'}", soft_wrap=True)
+        console.print(
+            f"already finished; report: {run.path / 'report.html'} (--start-over or output_dir=... for a new run)",
+            soft_wrap=True,
+        )
         return done
 
     transformers.set_seed(recipe.seed)
     tokenizer = load_tokenizer(recipe.model, prepared.vocabulary)  # a wrong name fails before there is a folder
     with ranks.together():  # one process makes the folder, the others find it
-        run = RunFolder.open(recipe.run_dir, recipe, resume=resume) if ranks.main else earlier
-        checkpoint = ranks.first(run.latest_checkpoint() if resume else None)
+        if ranks.main:
+            held.enter_context(run.held())
+            taken = run.recipe_file.exists()
+            RunFolder.open(run.path, recipe, resume=True)
+            for told in run.clean_checkpoints():
+                console.print(told, style="yellow", markup=False, highlight=False, soft_wrap=True)
+            if taken and run.latest_checkpoint() is None:
+                console.print(f"{run.path} holds a run without a checkpoint: it begins again", soft_wrap=True)
+        checkpoint = ranks.first(run.latest_checkpoint() if ranks.main else None)
     if checkpoint is not None:
-        console.print(f"resuming from {checkpoint}", soft_wrap=True)
+        console.print(f"unfinished run of this recipe: resuming from {checkpoint}", soft_wrap=True)
     with ranks.together():  # one process warms up, the others load what it saved
         if ranks.main:
             model = starting_model(prepared, run, tokenizer, saved=checkpoint is not None, console=console)
         ranks.gather([])
         if not ranks.main:
             model = starting_model(prepared, run, tokenizer, saved=True, console=console)
-    stop = StopOnInterrupt(console)
+    if recipe.warmup is not None:
+        transformers.set_seed(recipe.seed)  # what follows is the same where the warm-up was done before a kill
     trainer = _trainer(prepared, run, model, tokenizer, config, [RunLog(run, console, config.max_steps), stop])
     check_documents(prepared.agent, [*prepared.train_tasks, *prepared.eval_tasks], trainer.policy)
+    trainer.health.check_weights("the weights before training")
 
     summary = facts(prepared, trainer)
     before = ranks.first(run.read_summary().get("before") if checkpoint is not None else None)
@@ -96,24 +135,28 @@ def train(prepared: Prepared, *, resume: bool = False, console: Console | None =
 
     step = trainer.state.global_step
     after: dict[str, float] | None = None
-    if stop.interrupted:
-        console.print(f"stopped at step {step}; go on with --resume")
+    if stop.name:
+        console.print(f"stopped by {stop.name} at step {step}; the same command (or --resume) goes on")
     else:
         # the last step may have ended with an evaluation of these very weights
         newest = trainer.last_evaluation
         after = newest[1] if newest and newest[0] == step else _evaluate(prepared, trainer, run, console)
-        trainer.save_model(str(run.path / "model"))
-        if ranks.main:
-            tokenizer.save_pretrained(run.path / "model")
-            trainer.learners.save(run.path / "model")
+        with saving(run.path / "model"):
+            trainer.save_model(str(run.path / "model"))
+            if ranks.main:
+                tokenizer.save_pretrained(run.path / "model")
+                trainer.learners.save(run.path / "model")
     summary |= clock.read() | {
         "after": after,
         "steps": step,
-        "stopped": "interrupted" if stop.interrupted else "finished",
+        "stopped": "interrupted" if stop.name else "finished",
         "peak_memory_bytes": peak_memory(),
         "seconds": trainer.total_seconds,
         "totals": trainer.totals,
+        "ledger": trainer.ledger.totals(),
     }
+    if stop.name:
+        summary["signal"] = stop.name
     prepared.rewards.close()
     trainer.policy.close()
     if ranks.main:

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from memfactory.checkpoints import saving
 from memfactory.errors import EngineError
 from memfactory.policy.models import eos_ids, load_checkpoint, load_model, load_tokenizer
 from memfactory.policy.routing import RoutedPolicy
@@ -31,10 +32,13 @@ def starting_model(
     saved: bool,
     console: Console,
 ) -> PreTrainedModel:
-    """The policy before GRPO: as loaded, or warmed up; from the run folder where it is `saved` there."""
+    """The policy before GRPO: as loaded, or warmed up; from the run folder where it is `saved` there.
+
+    A warm-up that was done is not done again: `initial` is there as a whole or not at all.
+    """
     recipe, initial = prepared.recipe, run.path / "initial"
     with loaded_whole():
-        if saved and initial.is_dir():
+        if (saved or recipe.warmup is not None) and initial.is_dir():
             return load_checkpoint(initial, recipe.model)
         model = load_model(recipe.model, tokenizer, recipe.seed)
     device: Any = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -67,10 +71,11 @@ def save_whole(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     """Save whole or not at all: a killed run must not leave half a starting point."""
     temporary = folder.with_name(folder.name + ".part")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before its first checkpoint, now resumed
-    temporary.rename(folder)
+    with saving(temporary, remove=True):
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that got no further than to save it
+        temporary.rename(folder)
 
 
 def _adapter_base(prepared: Prepared, checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -14,8 +14,12 @@ Override                                    Replaces, in trl 1.16.0 ``trainer/gr
 ``_compute_loss``                           lines 3015-3292 are called unchanged, with the ``dapo`` reduction
                                             and token weights that express every other one
 ``evaluate``                                held-out episodes by the same agent instead of a loss
-``_save_checkpoint``, ``_load_optimizer_and_scheduler``   add the rollout buffer to the checkpoint
+``_save_checkpoint``, ``_load_optimizer_and_scheduler``   add the rollout buffer to the checkpoint, and a seal
 ``save_model``, ``_save_rng_state``         whole weights of sharded models, and files of all ranks before the last one
+``_load_from_checkpoint``                   an unreadable file is named
+``_get_train_sampler``                      lines 1280-1316 are called unchanged; the sampler is kept, because a
+                                            resumed run has to draw the orders of earlier passes again
+``_get_grad_norm``                          a gradient that is not finite ends the run before the update
 ==========================================  ==============================================================
 
 `tests/train/test_trl_contract.py` fails when an installed TRL no longer fits this table.
@@ -28,7 +32,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -38,7 +42,7 @@ import torch
 from datasets import Dataset
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import use_adapter
@@ -46,8 +50,9 @@ from trl.trainer.utils import use_adapter
 from memfactory.agents.base import Agent
 from memfactory.agents.rerolls import places, reroll
 from memfactory.agents.running import run_episodes
+from memfactory.checkpoints import begin, saving, seal
 from memfactory.episode import Episode, StopReason, Task
-from memfactory.errors import EngineError
+from memfactory.errors import EngineError, boundary
 from memfactory.evaluate.run import EvalOptions, evaluate_agent
 from memfactory.policy.base import Sampling
 from memfactory.policy.models import eos_ids
@@ -60,7 +65,9 @@ from memfactory.reward.measure import Measuring
 from memfactory.reward.system import Assessment, RewardSystem
 from memfactory.runs import RunFolder
 from memfactory.train.distribution import Asked, check_options, check_running, check_wrapped
+from memfactory.train.health import Health
 from memfactory.train.learners import Learners
+from memfactory.train.ledger import Ledger, Played, play
 from memfactory.train.ranks import Ranks
 from memfactory.train.rows import Row, build_rows, collate, cut, deal, loss_weights
 from memfactory.train.scoring import CompletionScorer
@@ -172,6 +179,14 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         self._computed_tokens = [0, 0]  # real, computed
         self.totals = {"episodes": 0, "generated_tokens": 0, "trained_tokens": 0, "real": 0, "computed": 0}
         self.total_seconds = dict.fromkeys((*self._seconds, "other"), 0.0)
+        self.ledger = Ledger(
+            [task.id for task in parts.train_tasks],
+            self.args.generation_batch_size // self.args.num_generations,
+            parts.run.log_ledger if parts.run is not None and self.accelerator.is_main_process else None,
+        )
+        self.health = Health(self)
+        self._entering: dict[int, list[int]] = {}
+        """Training steps of the current generation batch that rows enter, by `id` of their episode."""
         self.last_evaluation: tuple[int, dict[str, float]] | None = None
         """Step and metrics of the newest evaluation."""
         self.add_callback(_StepClock(self))
@@ -199,6 +214,8 @@ class EpisodeGRPOTrainer(GRPOTrainer):
                 total += Trainer.training_step(self, model, micro, num_items_in_batch)
             elapsed = time.perf_counter() - start
             self._seconds["backward"] += elapsed - (self._seconds["forward"] - before)
+        self.ledger.enter(self._step % steps)
+        self.health.losses.append(total.detach())
         self._step += 1
         self._current_train_step_time += time.perf_counter() - began
         if self._step % self.current_gradient_accumulation_steps == 0:
@@ -217,6 +234,11 @@ class EpisodeGRPOTrainer(GRPOTrainer):
                 yield
         finally:
             state._set_sync_gradients(before)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.health.check_gradients(norm)
+        return norm
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """Micro-batches are complete when they reach here."""
@@ -291,6 +313,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
     def _own_share(self, model: Any, inputs: Sequence[dict[str, Any]]) -> list[list[MicroBatch]]:
         tasks = [self.parts.train_tasks[row["task"]] for row in inputs]
         rank = self.accelerator.process_index
+        self.ledger.issue(self.state.global_step + 1, self.ranks.gather([row["task"] for row in inputs]))
         start = time.perf_counter()
         with self._sampling_model() as sampling_model:
             self.policy.use(sampling_model, self.state.global_step)
@@ -313,8 +336,32 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         for name, value in self.policy.metrics().items():
             self._metrics["train"][f"server/{name}"].append(value)
         buffer = self._micro_batches(episodes)
+        self._enter_into_ledger(
+            episodes, assessment, {task.id: row["task"] for task, row in zip(tasks, inputs, strict=True)}
+        )
         self._log_rollout(episodes, assessment)
         return buffer
+
+    def _enter_into_ledger(self, episodes: Sequence[Episode], assessment: Assessment, places: dict[str, int]) -> None:
+        """What became of the prompts of this batch; `places` has this rank's, by id of the task."""
+        origin = [(episode.task.metadata.get("reroll") or [episode.task.id])[0] for episode in episodes]
+        own = [
+            Played.of(episode, places[task], self._entering.get(id(episode), ()))
+            for episode, task in zip(episodes, origin, strict=True)
+        ]
+        played = self.ranks.gather(own)
+        groups = dict.fromkeys(episode.group for episode in played)  # in the order in which they were compared
+        why, steps, faults = play(
+            played,
+            dict(zip(groups, assessment.advantages.states, strict=True)),
+            self.ledger.names,
+            enough=min(2, self.args.num_generations),
+            masked=self.mask_truncated_completions,
+            learned=bool(self.learners),
+        )
+        more = {"faults": faults} if faults else {}
+        counts = {"episodes": len(played), "unscored": assessment.failed}
+        self.ledger.finish(self.state.global_step + 1, why, steps, **counts, **more)
 
     def _learn(self, episodes: Sequence[Episode]) -> dict[str, float]:
         """Let what learns beside the policy learn from the episodes of all ranks, everywhere the same."""
@@ -397,6 +444,11 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         plan: list[list[list[Row]]] = []
         for window in _windows(rows, len(measured), windows, _seed(self.args.seed, "windows", self._step)):
             plan += deal(cut(window, self.parts.rollout.train_token_budget), steps // windows)
+
+        self._entering = {}
+        for place, step in enumerate(plan):
+            for row in (row for group in step for row in group):
+                self._entering.setdefault(id(measured[row.episode]), []).append(place)
 
         # While the weights have not moved since sampling, TRL takes the ratio against the pass itself; otherwise
         # it is taken against what was sampled. TRL's rule for which of the two it is:
@@ -533,33 +585,67 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         # the last file of each rank; `trainer_state.json` comes next and says that the checkpoint is complete
         self.accelerator.wait_for_everyone()
 
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        self._sampler: Any = super()._get_train_sampler(dataset)
+        return self._sampler
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         state: dict[str, Any] = {"step": self._step, "buffer": [], "rewards": self.parts.rewards.state_dict()}
         state["learners"] = self.learners.state_dict()
+        state["ledger"] = self.ledger.state_dict()
+        state["totals"], state["seconds"] = self.totals, self.total_seconds
         if self._step % (self.args.steps_per_generation * self.num_iterations) != 0:
             state["buffer"] = self._buffer  # updates are still to be made on these episodes
-        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(state, folder / f"{self.accelerator.process_index}_{_BUFFER_FILE}")
-        if self.accelerator.is_main_process:
-            self.learners.save(folder)
-        self.accelerator.wait_for_everyone()
-        # The trainer writes `trainer_state.json` last, and that file is what makes a checkpoint complete: whatever
-        # belongs to it must be there before, or a run killed in between could not be resumed.
-        super()._save_checkpoint(model, trial)
+        runs = self._get_output_dir(trial=trial)
+        folder = Path(runs) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # the others are deleted below
+        try:
+            with saving(folder, remove=True):
+                if self.accelerator.is_main_process:
+                    begin(folder)
+                self.accelerator.wait_for_everyone()
+                torch.save(state, folder / f"{self.accelerator.process_index}_{_BUFFER_FILE}")
+                if self.accelerator.is_main_process:
+                    self.learners.save(folder)
+                self.accelerator.wait_for_everyone()
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.accelerator.is_main_process:
+                    seal(folder)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:  # only now: until it was sealed, the one before was what a run could go on from
+            rotate_checkpoints(runs, limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with self._reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
             return
         path = Path(checkpoint) / f"{self.accelerator.process_index}_{_BUFFER_FILE}"
         if not path.is_file():
             raise EngineError(f"{checkpoint}: not a checkpoint of this trainer", f"{path.name} is missing")
-        with torch.serialization.safe_globals(_NUMPY):
+        with self._reading(checkpoint), torch.serialization.safe_globals(_NUMPY):
+            super()._load_optimizer_and_scheduler(checkpoint)
             state = torch.load(path, map_location=self.args.device, weights_only=True)
         self._step, self._buffer = state["step"], state["buffer"]
         self.parts.rewards.load_state_dict(state["rewards"])
         self.learners.load_state_dict(state["learners"])
+        if "ledger" in state:  # absent in older checkpoints
+            self.ledger.load_state_dict(state["ledger"])
+            self.totals, self.total_seconds = state["totals"], state["seconds"]
+        # Each pass has an order of its own, drawn from one generator, and the trainer begins with the first again.
+        per_pass = self.ledger.per_pass * self.args.steps_per_generation * self.num_iterations
+        for _ in range(self._step // per_pass if self.args.shuffle_dataset else 0):
+            torch.randperm(self._sampler.num_samples, generator=self._sampler.generator)
+
+    @staticmethod
+    def _reading(checkpoint: str) -> AbstractContextManager[None]:
+        fix = f"delete it to go on from the one before: rm -r {checkpoint}, then the same command"
+        return boundary(EngineError, f"checkpoint {checkpoint} cannot be read", fix)
 
 
 def _windows(rows: list[Row], episodes: int, count: int, seed: int) -> list[list[Row]]:
@@ -587,7 +673,7 @@ class _CheckWrapped(TrainerCallback):
 
 
 class _StepClock(TrainerCallback):
-    """Splits the wall time of an optimizer step into phases and logs them in seconds."""
+    """Splits the wall time of an optimizer step into phases and logs them in seconds; tells ledger and checks too."""
 
     def __init__(self, trainer: EpisodeGRPOTrainer) -> None:
         self.trainer = trainer
@@ -599,8 +685,13 @@ class _StepClock(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._seconds["optimizer"] += time.perf_counter() - self._optimizer_start
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.health.check_weights(f"the weights at step {state.global_step}")
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
+        trainer.health.check_weights()
+        trainer.ledger.update(state.global_step, last=state.global_step >= state.max_steps)
         now = time.perf_counter()
         wall = now - trainer._window_start if trainer._window_start is not None else 0.0
         seconds = dict(trainer._seconds)

@@ -1,0 +1,148 @@
+"""Starts training runs in forked processes, so that a run which is to be killed costs a second and not fifteen.
+
+A server process imports everything once. For each line of JSON on its standard input it forks a child, which runs the
+`memfactory` command with the given arguments; it answers with the child's process id, and then with how it ended.
+A run can be told to kill itself at a place in the code: that is a real SIGKILL, which no handler sees.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+class Forked:
+    """A run that goes on in a forked process."""
+
+    def __init__(self, server: subprocess.Popen[str], log: Path, pid: int) -> None:
+        self.server, self.log, self.pid = server, log, pid
+        self.code: int | None = None
+
+    def send(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self) -> int:
+        """The exit code; negative: the signal that ended it."""
+        if self.code is None:
+            assert self.server.stdout is not None
+            self.code = int(self.server.stdout.readline())
+        return self.code
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+
+class Server:
+    def __init__(self, folder: Path) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
+        environment |= {"COLUMNS": "300", "TRL_EXPERIMENTAL_SILENCE": "1"}
+        command = [sys.executable, "-m", "tests.train.forked"]
+        self.folder, self.count = folder, 0
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def start(self, arguments: list[str], *, at: str = "", do: str = "kill", largest: int = 0) -> Forked:
+        """Begin a run; one at a time.
+
+        Args:
+            at: ``module:function`` or ``module:Class.method``, and ``#N`` for its N-th call.
+            do: what is to happen there: ``kill``, or the name of a signal that the run sends itself.
+            largest: no file may be larger; 0 for no limit. Unit: bytes.
+        """
+        self.count += 1
+        log = self.folder / f"log{self.count}.txt"
+        order = {"arguments": arguments, "log": str(log), "at": at, "do": do, "largest": largest}
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        return Forked(self.process, log, int(self.process.stdout.readline()))
+
+    def run(self, arguments: list[str], code: int = 0, **options: Any) -> str:
+        """A run to its end; its output."""
+        run = self.start(arguments, **options)
+        assert run.wait() == code, run.output[-3000:]
+        return run.output
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+
+def strike(at: str, do: str) -> None:
+    """Let the process send itself a signal when it comes to a place."""
+    name, _, number = at.partition("#")
+    module, _, path = name.partition(":")
+    *outer, last = path.split(".")
+    owner = importlib.import_module(module)
+    for part in outer:
+        owner = getattr(owner, part)
+    original, left = getattr(owner, last), [int(number or 1)]
+
+    def instead(*args: Any, **kwargs: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL if do == "kill" else signal.Signals[do])
+        return original(*args, **kwargs)
+
+    setattr(owner, last, instead)
+
+
+def child(order: dict[str, Any]) -> None:
+    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code: Any = 0
+    try:
+        if order["largest"]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (order["largest"], order["largest"]))
+        if order["at"]:
+            strike(order["at"], order["do"])
+        from memfactory.cli.main import main
+
+        sys.argv = ["memfactory", *order["arguments"]]
+        main()
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+        code = 99
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else bool(code))
+
+
+def serve() -> None:
+    import torch
+
+    import memfactory.cli.main  # sets no thread going
+    import memfactory.train.run  # noqa: F401
+
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            child(json.loads(line))
+        print(pid, flush=True)
+        status = os.waitpid(pid, 0)[1]
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
