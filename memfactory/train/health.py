@@ -67,7 +67,7 @@ class Health:
         raise EngineError(f"{what} are not finite", f"first in {next(bad, 'another process')}", _FIX)
 
     def _anywhere(self, bad: bool) -> bool:
-        return bool(self.trainer._reduce_max(int(bad)))
+        return bool(self.trainer.ranks.max(int(bad)))
 
 
 def _finite(tensors: Iterable[torch.Tensor]) -> bool:
