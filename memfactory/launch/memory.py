@@ -27,6 +27,8 @@ input and the normalised input in float32, twice). Query and key norms (Qwen3) k
 checkpointing a layer keeps its input, 4 h (autocast) or a h, and one layer at a time has the rest. Logits are never
 whole: TRL's fused head computes tiles of 4096 x 32768, and holds the head's gradient in float32.
 
+A test measures these against what PyTorch keeps: within 2 % in float32, 15 % in bfloat16.
+
 Not counted: the CUDA context (about half a GiB), fragmentation, and what libraries reserve. Add a tenth.
 """
 
@@ -182,8 +184,8 @@ def _training(load: Load, trained: int) -> dict[str, float]:
     shape, tokens = load.shape, load.pass_tokens
     compute = 2 if load.mixed else load.stored
     layer = activation_bytes(shape, load.mixed, load.stored) * tokens
-    # plain autocast leaves the residual stream in float32; DeepSpeed turns the model itself into bfloat16
-    residual = (2 if load.sharding.deepspeed else 4) if load.mixed else load.stored
+    # autocast leaves the residual stream in the type of the weights; DeepSpeed turns the model itself into bfloat16
+    residual = 2 if load.mixed and load.sharding.deepspeed else load.stored
     kept = layer + shape.layers * residual * shape.hidden * tokens if load.checkpointing else shape.layers * layer
     parts = {"activations": float(kept)}
     tile = min(tokens, _TILE_TOKENS) * _TILE_WIDTH
