@@ -18,12 +18,13 @@ from memfactory.train.config import build_config
 from memfactory.train.trainer import EpisodeGRPOTrainer, Parts
 
 
-def run(spec: Spec, *, bf16: bool = False) -> Result:
+def run(spec: Spec, *, bf16: bool = False, ranks: int = 1) -> Result:
     """One step.
 
     Args:
         spec: the workload.
         bf16: compute in bfloat16 autocast on float32 weights.
+        ranks: processes that share the workload; each calls this.
     """
     result = Result("ours_bf16" if bf16 else "ours", spec.dump())
     model, tokenizer = load(spec)
@@ -37,7 +38,7 @@ def run(spec: Spec, *, bf16: bool = False) -> Result:
             {
                 "use_cpu": True,
                 "bf16": bf16,
-                "per_device_train_batch_size": spec.episodes,
+                "per_device_train_batch_size": spec.episodes // ranks,
                 "num_generations": spec.group,
                 "gradient_accumulation_steps": 1,
                 "steps_per_generation": 1,

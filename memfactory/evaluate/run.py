@@ -6,6 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Any, Protocol
 
 from rich.progress import Progress, TaskID
 
@@ -41,6 +43,18 @@ class EvalOptions:
     """Episodes in flight at once; bounds host memory, not results."""
 
 
+class Share(Protocol):
+    """The processes that evaluate together."""
+
+    own: int
+    """Number of this one."""
+    count: int
+
+    def gather(self, values: list[Any]) -> list[Any]:
+        """The lists of all processes, one behind the other."""
+        ...
+
+
 @dataclass
 class EvalResult:
     """What an evaluation measured."""
@@ -67,8 +81,12 @@ def evaluate_agent(
     policy: TransformersPolicy | RoutedPolicy,
     options: EvalOptions,
     progress: Progress | None = None,
+    share: Share | None = None,
 ) -> EvalResult:
     """Run `agent` on `tasks`, sampled and, if asked, greedy, and score every episode.
+
+    With `share`, each process works on a part of the tasks, and all have the whole result. Greedy answers are those of
+    one process; sampled ones are drawn from other random numbers.
 
     The policy's sampling and random state are as before when this returns, so evaluating in the middle
     of a training run changes nothing in it.
@@ -82,11 +100,12 @@ def evaluate_agent(
         kinds.append(("greedy", "eval_greedy", Sampling(0.0), 1))
     result = EvalResult({"n": float(len(tasks))})
     for kind, split, sampling, samples in kinds:
-        with policy.drawing(sampling, options.seed):
+        with policy.drawing(sampling, options.seed + (share.own if share is not None else 0)):
             for module in getattr(agent, "modules", ()):
                 if hasattr(module, "seed"):  # draws of its own (a reranker); training seeds it anew at every rollout
                     module.seed(options.seed)
-            runs = [task for task in tasks for _ in range(samples)]
+            mine = tasks[share.own :: share.count] if share is not None else tasks
+            runs = [task for task in mine for _ in range(samples)]
             bar = progress.add_task(f"evaluate ({kind})", total=len(runs)) if progress is not None else None
             episodes: list[Episode] = []
             faults = Faults()
@@ -101,6 +120,8 @@ def evaluate_agent(
                 own = run_episodes(agent, runs[start : start + options.concurrent], policy, on_done)
                 faults.include(measuring.finish(own))
                 episodes += own
+            if share is not None:
+                episodes, faults = _everyones(episodes, faults, share, samples)
             failed = Counter(whose(episode) for episode in episodes if episode.failed)
             if failed.total() > options.max_failed_share * len(episodes):
                 raise not_run(len(episodes), failed, faults.examples)
@@ -115,6 +136,17 @@ def evaluate_agent(
             if judge.get("asked"):
                 result.metrics |= {f"{kind}_judge/{name}": value for name, value in judge.items()}
     return result
+
+
+def _everyones(episodes: list[Episode], faults: Faults, share: Share, samples: int) -> tuple[list[Episode], Faults]:
+    """Episodes of all processes in the order of tasks, and what failed in any of them."""
+    parts: list[tuple[list[Episode], Faults]] = share.gather([(episodes, faults)])
+    total = Faults()
+    for _, failed in parts:
+        total.include(failed)
+    by_task = [[own[start : start + samples] for start in range(0, len(own), samples)] for own, _ in parts]
+    rounds = zip_longest(*by_task, fillvalue=[])
+    return [episode for turn in rounds for group in turn for episode in group], total
 
 
 def _summarise(kind: str, episodes: Sequence[Episode], options: EvalOptions) -> dict[str, float]:

@@ -73,6 +73,11 @@ class Ranks:
         self.own: int = state.process_index
 
     @property
+    def sharing(self) -> Ranks | None:
+        """Itself where there is somebody to share with."""
+        return self if self.count > 1 else None
+
+    @property
     def main(self) -> bool:
         return self.own == 0
 

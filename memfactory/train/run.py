@@ -219,7 +219,8 @@ def _route(recipe: Recipe, trained: TransformersPolicy, initial: Path, folder: P
 def _evaluate(prepared: Prepared, trainer: EpisodeGRPOTrainer, run: RunFolder, console: Console) -> dict[str, float]:
     with trainer.ranks.together(), progress_bar(console) as progress, trainer._sampling_model() as plain:
         trainer.policy.use(plain, trainer.state.global_step)
-        result = evaluate_agent(prepared.agent, prepared.eval_tasks, trainer.policy, prepared.eval_options, progress)
+        options, share = prepared.eval_options, trainer.ranks.sharing
+        result = evaluate_agent(prepared.agent, prepared.eval_tasks, trainer.policy, options, progress, share)
     if trainer.accelerator.is_main_process:
         result.log(run, trainer.state.global_step)
     for example in result.faults.examples:

@@ -81,19 +81,23 @@ def loaded_whole() -> Iterator[None]:
 
 
 def whole_state_dict(model: Any, accelerator: Accelerator) -> dict[str, Any] | None:
-    """The whole weights of a sharded model on rank 0 (other ranks: anything); None for one that is not sharded.
+    """The whole weights of a model of FSDP2 or DeepSpeed on rank 0 (other ranks: anything); None for any other model.
 
     Must be called on every rank.
     """
+    weights: dict[str, Any]
     if isinstance(model, FSDPModule):
-        weights: dict[str, Any] = accelerator.get_state_dict(model)
-        for name, source in getattr(model, "all_tied_weights_keys", {}).items():
-            # a gathered copy has no storage in common with the weights it is tied to, so it would be saved twice
-            if name in weights and source in weights and torch.equal(weights[name], weights[source]):
-                del weights[name]
-        return weights
-    if hasattr(model, "zero_optimization_stage") and model.zero_optimization_stage() == 3:
+        weights = accelerator.get_state_dict(model)
+    elif not hasattr(model, "zero_optimization_stage"):
+        return None
+    elif model.zero_optimization_stage() == 3:
         # named for 16 bits, but the weights keep their type; None on ranks that are not to save
         adapter = isinstance(model.module, PeftModel)
-        return model._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=adapter) or {}
-    return None
+        weights = model._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=adapter) or {}
+    else:
+        weights = accelerator.get_state_dict(model)
+    for name, source in getattr(accelerator.unwrap_model(model), "all_tied_weights_keys", {}).items():
+        # a copy has no storage in common with the weights it is tied to, so it would be saved twice
+        if name in weights and source in weights and torch.equal(weights[name], weights[source]):
+            del weights[name]
+    return weights

@@ -367,7 +367,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         """Let what learns beside the policy learn from the episodes of all ranks, everywhere the same."""
         if not self.learners:
             return {}
-        return self.learners.learn(episodes, self.ranks.gather if self.ranks.count > 1 else None)
+        return self.learners.learn(episodes, self.ranks.gather if self.ranks.sharing else None)
 
     def _reroll(self, episodes: Sequence[Episode], seed: int, measuring: Measuring) -> list[Episode]:
         """Local re-rolls of some of `episodes`; equally many on every rank."""
@@ -383,7 +383,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
 
     def _assess(self, episodes: list[Episode], measuring: Measuring) -> Assessment:
         """Scores, rewards, advantages and credit of this rank's episodes, compared over whole groups."""
-        gather = self.ranks.gather if self.ranks.count > 1 else None
+        gather = self.ranks.gather if self.ranks.sharing else None
         assessment = self.parts.rewards.assess(
             episodes,
             measuring.finish(episodes, gather),
@@ -555,7 +555,8 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         with self.ranks.together(), self._sampling_model() as plain:
             self.policy.use(plain, self.state.global_step)
             options = self.parts.eval or EvalOptions(self.parts.rewards)
-            result = evaluate_agent(self.parts.agent, self.parts.eval_tasks, self.policy, options)
+            share = self.ranks.sharing
+            result = evaluate_agent(self.parts.agent, self.parts.eval_tasks, self.policy, options, share=share)
         self.model.train(was_training)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in result.metrics.items()}
         if self.parts.run is not None and self.accelerator.is_main_process:

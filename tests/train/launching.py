@@ -46,7 +46,7 @@ def environment(engine: str) -> dict[str, str]:
     return others | own
 
 
-def on_two_ranks(command: list[str], engine: str, seconds: float = 300) -> list[tuple[int, str]]:
+def on_two_ranks(command: list[str], engine: str, seconds: float = 480) -> list[tuple[int, str]]:
     """Exit code and output of each rank of `command`; none is left behind."""
     shared = environment(engine)
     ranks = [

@@ -76,6 +76,10 @@ CHECKPOINTING = ["train.gradient_checkpointing=true"]
 LORA = ["model.lora={}", "train.beta=0.01"]
 
 
+_ZERO2 = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 2}}
+_CLIPS = ["train.use_cpu=false", f"train.deepspeed={json.dumps(_ZERO2)}", "train.max_grad_norm=0.5"]
+
+
 def _sharded(engine: str, *, resumes: bool = True, fails: bool = False) -> dict[str, Job]:
     jobs = {f"{engine}: {name}": job("difference", case=CASES[of], engine=engine) for name, of in SHARDED.items()}
     jobs[f"{engine} run"] = job("run", folder=f"{engine}", engine=engine, overrides=RECIPE)
@@ -91,11 +95,13 @@ def _sharded(engine: str, *, resumes: bool = True, fails: bool = False) -> dict[
 JOBS: dict[str, dict[str, Job]] = {
     "ddp": {name: job("gradient", case=spec) for name, spec in CASES.items()}
     | {f"{where} {ranks}": job("failure", where=where, ranks=ranks, engine="ddp") for where, ranks in FAILURES}
-    | {"ddp run": job("run", folder="ddp", engine="ddp", overrides=RECIPE)},
+    | {"ddp run": job("run", folder="ddp", engine="ddp", overrides=RECIPE)}
+    | {"FSDP on CPUs": job("refused", overrides=[*RECIPE, "train.fsdp=true"])},
     "fsdp2": _sharded("fsdp2", fails=True)
     | {"fsdp2 checkpointing": job("run", folder="recomputed", engine="fsdp2", overrides=[*RECIPE, *CHECKPOINTING])}
     | {"fsdp2 LoRA": job("run", folder="adapter", engine="fsdp2", overrides=[*RECIPE, *LORA])},
     "zero": _sharded("zero2")
     | _sharded("zero3", resumes=False, fails=True)
-    | {f"zero1: {name}": job("difference", case=CASES[of], engine="zero1") for name, of in list(SHARDED.items())[:1]},
+    | {f"zero1: {name}": job("difference", case=CASES[of], engine="zero1") for name, of in list(SHARDED.items())[:1]}
+    | {"DeepSpeed that clips": job("refused", overrides=[*RECIPE, *_CLIPS])},
 }

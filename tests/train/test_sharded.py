@@ -56,6 +56,9 @@ def test_saved_model_is_the_trained_one(pairs, engine):
         for record in map(json.loads, (run / "episodes.jsonl").read_text().splitlines())
         if (record["split"], record["step"]) == ("eval_greedy", 4)
     ]
+    after = results[f"{engine} run"]["after"]
+    greedy = {name for name in again.metrics if name.startswith("greedy_")}
+    assert {name: after[name] for name in greedy} == pytest.approx({n: again.metrics[n] for n in greedy}, nan_ok=True)
     assert said == [[turn.text for turn in episode.turns] for episode in again.episodes["eval_greedy"]]
     assert len({len(turns) for turns in said}) > 1, "all episodes have equally many turns: nothing is unequal here"
 

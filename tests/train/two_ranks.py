@@ -77,9 +77,9 @@ def difference(case: dict[str, Any], folder: Path, engine: str) -> torch.Tensor:
     """The gradient of a step, as what plain SGD took off the weights: sharded gradients are nowhere whole."""
     before = {name: value.clone() for name, value in make_model().state_dict().items()}
     case["options"] |= {"optim": "sgd", "learning_rate": LEARNING_RATE}
-    _, trainer, model = step(case, folder, engine)
-    after = whole_state_dict(trainer.model_wrapped, trainer.accelerator) or model.state_dict()
-    if dist.get_rank():
+    _, trainer, _ = step(case, folder, engine)
+    after = whole_state_dict(trainer.model_wrapped, trainer.accelerator)
+    if dist.get_rank() or after is None:
         return torch.empty(0)
     return torch.cat([(before[name] - after[name]).flatten() / LEARNING_RATE for name in before])
 
@@ -129,6 +129,15 @@ def run(folder: Path, engine: str, overrides: list[str], resume: bool = False) -
     asked = [f"train.{name}={json.dumps(value)}" for name, value in options(engine).items()]
     prepared = prepare(Path("recipes/memagent/quickstart.yaml"), [f"output_dir={folder}", *overrides, *asked])
     return train(prepared, resume=resume, console=Console(quiet=True))
+
+
+def refused(folder: Path, overrides: list[str]) -> str:
+    """The error that a run of `memfactory train` ends with."""
+    try:
+        run(folder, "ddp", overrides)
+    except MemFactoryError as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
 
 
 def resume(source: str, folder: Path, engine: str, overrides: list[str]) -> dict[str, Any]:
