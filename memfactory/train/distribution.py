@@ -136,6 +136,29 @@ def check_options(args: Any, asked: Asked) -> None:
         )
 
 
+def check_launcher(environ: Mapping[str, str] = os.environ, launcher: Sequence[str] | None = None) -> None:
+    """Refuse to go on alone where accelerate's launcher was told to start several processes and started one.
+
+    Before anything else, because TRL would find fault with a batch size that is right for as many as were asked for.
+
+    Raises:
+        EngineError: it was.
+    """
+    processes, by = _processes(environ, _parent() if launcher is None else launcher)
+    if processes > 1 and not any(environ.get(name) for name in _SIZES):
+        raise _alone(processes, by, 1)
+
+
+def _alone(asked: int, by: str, runs: int) -> EngineError:
+    return EngineError(
+        f"{asked} processes were asked for (by {by}), and accelerate runs {runs}",
+        "it falls back to one without saying so, e.g. for `accelerate launch --cpu`, or where it finds no GPU "
+        "although it was not told to use CPUs",
+        "start with `torchrun --nproc_per_node N -m memfactory.cli.main train ...`, "
+        "on CPUs with ACCELERATE_USE_CPU=true",
+    )
+
+
 def check_started(asked: Asked, state: PartialState | None = None) -> None:
     """Compare the processes with what was asked for; needs no model.
 
@@ -144,13 +167,7 @@ def check_started(asked: Asked, state: PartialState | None = None) -> None:
     """
     state = state or PartialState()
     if state.num_processes != asked.processes:
-        raise EngineError(
-            f"{asked.processes} processes were asked for (by {asked.by}), and accelerate runs {state.num_processes}",
-            "it falls back to one without saying so, e.g. for `accelerate launch --cpu`, or where it finds no GPU "
-            "although it was not told to use CPUs",
-            "start with `torchrun --nproc_per_node N -m memfactory.cli.main train ...`, "
-            "on CPUs with ACCELERATE_USE_CPU=true",
-        )
+        raise _alone(asked.processes, asked.by, state.num_processes)
     plain = (DistributedType.NO, DistributedType.MULTI_CPU)
     if asked.fsdp and state.distributed_type in plain:
         raise _other(asked, state.distributed_type, state.num_processes)

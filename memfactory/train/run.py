@@ -23,7 +23,7 @@ from memfactory.recipe import Recipe
 from memfactory.runs import RunFolder
 from memfactory.train.callbacks import RunLog, describe, progress_bar
 from memfactory.train.config import build_config
-from memfactory.train.distribution import Asked, check_options, check_started
+from memfactory.train.distribution import Asked, check_launcher, check_options, check_started
 from memfactory.train.policies import needs_initial, route
 from memfactory.train.prepare import Prepared, check_documents
 from memfactory.train.ranks import Ranks
@@ -71,6 +71,7 @@ def _train(
     prepared: Prepared, run: RunFolder, stop: StopOnSignal, held: ExitStack, console: Console, *, start_over: bool
 ) -> dict[str, Any]:
     clock = Clock.start()
+    check_launcher()
     recipe = prepared.recipe
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
