@@ -20,7 +20,9 @@ from memfactory.errors import EngineError, MemFactoryError
 
 SEAL = "seal.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_LITTLE = 2**30
+_FAILED = ("iostream error", "write failed", "inline_container", "No space left", "File too large", "quota")
+"""How libraries that write files on their own say that a write failed."""
+_LITTLE = 2**26
 """Free space below which a failed write is put down to it. Unit: bytes."""
 
 
@@ -96,7 +98,7 @@ def saving(target: Path, *, remove: bool = False) -> Iterator[None]:
         if remove:
             shutil.rmtree(target, ignore_errors=True)
         why = f"{type(error).__name__}: {error}"
-        full = isinstance(error, OSError) and error.errno in _FULL
+        full = (isinstance(error, OSError) and error.errno in _FULL) or any(words in why for words in _FAILED)
         if full or free < _LITTLE:
             why = f"the disk is full, or a limit on its use is reached ({free / 2**20:.0f} MiB are free); {why}"
         raise EngineError(

@@ -118,18 +118,18 @@ class Ledger:
         self._write = write
         self._seen: set[int] = set()
         """Prompts issued in this pass."""
-        self._open: dict[int, int] = {}
-        """Prompt -> batch, of those that have not ended."""
+        self._open: set[tuple[int, int]] = set()
+        """(batch, prompt) of those that have not ended; a prompt of the last pass can wait for its update in this."""
         self._enter: list[list[int]] = []
         """Prompts by training step of the newest batch that rows of them enter."""
-        self._entered: list[int] = []
-        """Prompts whose rows entered since the last update."""
+        self._entered: list[tuple[int, int]] = []
+        """(batch, prompt) whose rows entered since the last update."""
 
-    def _line(self, step: int, event: str, prompts: Sequence[int] | None, **more: Any) -> None:
+    def _line(self, step: int, event: str, batch: int | None, prompts: Sequence[int] | None, **more: Any) -> None:
         if self._write is not None and (prompts or prompts is None):
-            head = {"step": step, "pass": max(self.batch, 0) // self.per_pass, "event": event}
+            number = (self.batch if batch is None else batch) // self.per_pass
             listed = {} if prompts is None else {"prompts": [self.names[prompt] for prompt in prompts]}
-            self._write(head | more | listed)
+            self._write({"step": step, "pass": number, "event": event, "batch": batch} | more | listed)
 
     def issue(self, step: int, prompts: Sequence[int]) -> None:
         """A batch of `prompts` begins, for update `step`. With the last batch of a pass go those left over."""
@@ -139,14 +139,14 @@ class Ledger:
         prompts = list(dict.fromkeys(prompts))
         self.repeated += sum(prompt in self._seen for prompt in prompts)
         self._seen.update(prompts)
-        self._open |= dict.fromkeys(prompts, self.batch)
+        self._open.update((self.batch, prompt) for prompt in prompts)
         self.issued += len(prompts)
-        self._line(step, "issued", prompts, batch=self.batch)
+        self._line(step, "issued", self.batch, prompts)
         if (self.batch + 1) % self.per_pass == 0:
             over = [prompt for prompt in range(len(self.names)) if prompt not in self._seen]
             self.issued += len(over)
-            self._line(step, "issued", over, batch=None)
-            self._drop(step, over, "no room", batch=None)
+            self._line(step, "issued", None, over)
+            self._drop(step, None, over, "no room")
 
     def finish(self, step: int, why: Mapping[int, str], steps: Mapping[int, Sequence[int]], **more: Any) -> None:
         """All episodes of the batch are done.
@@ -157,37 +157,35 @@ class Ledger:
             steps: training steps of the batch by prompt that is trained.
             more: what else to say about the batch.
         """
-        own = [prompt for prompt, batch in self._open.items() if batch == self.batch]
-        self._line(step, "finished", None, batch=self.batch, **more)
+        self._line(step, "finished", self.batch, None, **more)
         for name in REASONS:
-            self._drop(step, [prompt for prompt in own if why.get(prompt) == name], name, batch=self.batch)
+            self._drop(step, self.batch, [prompt for prompt, own in why.items() if own == name], name)
         size = 1 + max((place for places in steps.values() for place in places), default=-1)
-        self._enter = [[prompt for prompt in own if place in steps.get(prompt, ())] for place in range(size)]
+        self._enter = [[prompt for prompt, places in steps.items() if place in places] for place in range(size)]
 
-    def _drop(self, step: int, prompts: Sequence[int], why: str, **more: Any) -> None:
+    def _drop(self, step: int, batch: int | None, prompts: Sequence[int], why: str) -> None:
         self.dropped[why] += len(prompts)
-        for prompt in prompts:
-            self._open.pop(prompt, None)
-        self._line(step, "dropped", prompts, **more, reason=why)
+        self._open.difference_update((batch, prompt) for prompt in prompts)
+        self._line(step, "dropped", batch, prompts, reason=why)
 
     def enter(self, place: int) -> None:
         """The training step `place` of the newest batch was made."""
         if place < len(self._enter):
-            self._entered += self._enter[place]
+            self._entered += [(self.batch, prompt) for prompt in self._enter[place]]
 
     def update(self, step: int, *, last: bool = False) -> None:
         """Update `step` was made; `last` if none will follow."""
         done: dict[int, list[int]] = {}
-        for prompt in dict.fromkeys(self._entered):
-            if prompt in self._open:  # else it entered an earlier update too
-                done.setdefault(self._open.pop(prompt), []).append(prompt)
+        for batch, prompt in dict.fromkeys(self._entered):
+            if (batch, prompt) in self._open:  # else it entered an earlier update too
+                self._open.remove((batch, prompt))
+                done.setdefault(batch, []).append(prompt)
         self._entered = []
         for batch, prompts in done.items():
             self.trained += len(prompts)
-            self._line(step, "trained", prompts, batch=batch)
-        if last:
-            for batch in sorted(set(self._open.values())):
-                self._drop(step, [p for p, own in self._open.items() if own == batch], "run ended", batch=batch)
+            self._line(step, "trained", batch, prompts)
+        for batch in sorted({batch for batch, _ in self._open}) if last else ():
+            self._drop(step, batch, sorted(prompt for own, prompt in self._open if own == batch), "run ended")
 
     def totals(self) -> dict[str, Any]:
         """For `summary.json`: prompts by what became of them."""
@@ -206,7 +204,7 @@ class Ledger:
             "dropped": dict(self.dropped),
             "batch": self.batch,
             "seen": sorted(self._seen),
-            "open": list(self._open.items()),
+            "open": sorted(self._open),
             "enter": self._enter,
             "entered": self._entered,
         }
@@ -215,8 +213,9 @@ class Ledger:
         """Go on from :meth:`state_dict`."""
         self.issued, self.trained, self.repeated = state["issued"], state["trained"], state["repeated"]
         self.dropped, self.batch = Counter(state["dropped"]), state["batch"]
-        self._seen, self._open = set(state["seen"]), dict(state["open"])
-        self._enter, self._entered = [list(prompts) for prompts in state["enter"]], list(state["entered"])
+        self._seen, self._open = set(state["seen"]), {(batch, prompt) for batch, prompt in state["open"]}
+        self._enter = [list(prompts) for prompts in state["enter"]]
+        self._entered = [(batch, prompt) for batch, prompt in state["entered"]]
 
 
 def play(

@@ -83,6 +83,8 @@ _NUMPY: list[Any] = [
     np.float64(0).__reduce__()[0],
     *(type(np.dtype(code)) for code in "?bhilqBHILQefd"),
 ]
+# A rank on a CPU calls its device `cpu:0` or `cpu:1`, and torch cannot map what it loads to a device of that name.
+torch.serialization.register_package(30, lambda _: None, lambda data, to: data if to.startswith("cpu:") else None)
 # Loss types that share the clipped per-token term and differ in how they average it: each is the
 # ``dapo`` reduction with other token weights (see `rows.loss_weights`).
 _AS_DAPO = ("grpo", "bnpo", "dr_grpo", "luspo")

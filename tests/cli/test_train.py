@@ -107,7 +107,7 @@ def test_overlap_of_train_and_test_is_refused(tmp_path: Path) -> None:
         prepare(QUICKSTART, [*files, "environment.train_tasks=null", "environment.test_tasks=null"])
 
 
-def test_output_folder_of_another_run_is_refused_and_untouched(tmp_path: Path) -> None:
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     small = ("train.max_steps=1", "warmup.steps=1", "environment.train_tasks=16", "environment.test_tasks=2")
     first = run("train", "memagent/quickstart", f"output_dir={folder}", *small, folder=tmp_path)
@@ -115,10 +115,12 @@ def test_output_folder_of_another_run_is_refused_and_untouched(tmp_path: Path) -
     before = {path: path.read_bytes() for path in folder.glob("*.*")}
     again = run("train", "memagent/quickstart", f"output_dir={folder}", *small, folder=tmp_path)
     other = run("train", "memagent/quickstart", f"output_dir={folder}", *small, "seed=5", "--resume", folder=tmp_path)
-    assert again.returncode == 2
-    assert "--resume" in again.stderr
+    assert again.returncode == 0
+    assert "already finished" in again.stdout
+    assert "--start-over" in again.stdout
     assert other.returncode == 2
-    assert "seed" in other.stderr
+    assert "seed was 0, is 5" in other.stderr
+    assert "--start-over" in other.stderr
     assert {path: path.read_bytes() for path in folder.glob("*.*")} == before
 
 

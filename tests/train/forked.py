@@ -1,7 +1,7 @@
 """Starts training runs in forked processes, so that a run which is to be killed costs a second and not fifteen.
 
-A server process imports everything once. For each line of JSON on its standard input it forks a child, which runs the
-`memfactory` command with the given arguments; it answers with the child's process id, and then with how it ended.
+A server process imports everything once and answers lines of JSON on its standard input: an order to start by forking
+a child, which runs the `memfactory` command, and with the child's process id; an order to wait with how it ended.
 A run can be told to kill itself at a place in the code: that is a real SIGKILL, which no handler sees.
 """
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 class Forked:
     """A run that goes on in a forked process."""
 
-    def __init__(self, server: subprocess.Popen[str], log: Path, pid: int) -> None:
+    def __init__(self, server: Server, log: Path, pid: int) -> None:
         self.server, self.log, self.pid = server, log, pid
         self.code: int | None = None
 
@@ -35,8 +35,7 @@ class Forked:
     def wait(self) -> int:
         """The exit code; negative: the signal that ended it."""
         if self.code is None:
-            assert self.server.stdout is not None
-            self.code = int(self.server.stdout.readline())
+            self.code = self.server.ask({"wait": self.pid})
         return self.code
 
     @property
@@ -54,22 +53,34 @@ class Server:
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def start(self, arguments: list[str], *, at: str = "", do: str = "kill", largest: int = 0) -> Forked:
-        """Begin a run; one at a time.
+    def ask(self, order: dict[str, Any]) -> int:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def start(
+        self,
+        arguments: list[str],
+        *,
+        at: str = "",
+        do: str = "kill",
+        largest: int = 0,
+        environment: dict[str, str] | None = None,
+    ) -> Forked:
+        """Begin a run.
 
         Args:
             at: ``module:function`` or ``module:Class.method``, and ``#N`` for its N-th call.
             do: what is to happen there: ``kill``, or the name of a signal that the run sends itself.
             largest: no file may be larger; 0 for no limit. Unit: bytes.
+            environment: variables to add.
         """
         self.count += 1
         log = self.folder / f"log{self.count}.txt"
         order = {"arguments": arguments, "log": str(log), "at": at, "do": do, "largest": largest}
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
-        return Forked(self.process, log, int(self.process.stdout.readline()))
+        return Forked(self, log, self.ask(order | {"environment": environment or {}}))
 
     def run(self, arguments: list[str], code: int = 0, **options: Any) -> str:
         """A run to its end; its output."""
@@ -107,6 +118,7 @@ def child(order: dict[str, Any]) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     code: Any = 0
+    os.environ.update(order["environment"])
     try:
         if order["largest"]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (order["largest"], order["largest"]))
@@ -136,12 +148,14 @@ def serve() -> None:
     gc.collect()
     gc.freeze()
     for line in sys.stdin:
+        order = json.loads(line)
+        if "wait" in order:
+            print(os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1]), flush=True)
+            continue
         pid = os.fork()
         if pid == 0:
-            child(json.loads(line))
+            child(order)
         print(pid, flush=True)
-        status = os.waitpid(pid, 0)[1]
-        print(os.waitstatus_to_exitcode(status), flush=True)
 
 
 if __name__ == "__main__":
