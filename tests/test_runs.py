@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memfactory.checkpoints import begin, saving, seal
 from memfactory.episode import Answer, Episode, Evidence, Probe, Score, StopReason, Task, Turn
-from memfactory.errors import DataError, RecipeError
+from memfactory.errors import DataError, EngineError, RecipeError
 from memfactory.recipe import Recipe
 from memfactory.runs import SCHEMA_VERSION, RunFolder, episode_from_record, episode_record
 
@@ -177,7 +180,6 @@ def test_episodes_are_read_by_split_and_step(run: RunFolder) -> None:
 def test_a_folder_that_holds_a_run_is_not_overwritten(run: RunFolder) -> None:
     with pytest.raises(RecipeError, match="already holds a run") as raised:
         RunFolder.open(run.path, make_recipe(), resume=False)
-    assert "--resume" in raised.value.fix
     assert "output_dir=" in raised.value.fix
 
 
@@ -188,6 +190,8 @@ def test_the_run_of_another_recipe_is_not_continued(run: RunFolder) -> None:
     assert "train.max_steps was 4, is 9" in raised.value.why
     assert "train.beta was absent, is 0.1" in raised.value.why
     assert "learning_rate" not in raised.value.why
+    assert "output_dir=" in raised.value.fix
+    assert "--start-over" in raised.value.fix
 
 
 def test_a_moved_folder_can_be_continued(run: RunFolder, tmp_path: Path) -> None:
@@ -213,6 +217,105 @@ def test_resume_without_a_checkpoint_starts_over(run: RunFolder) -> None:
     again = RunFolder.open(run.path, make_recipe(), resume=True)
     assert again.latest_checkpoint() is None
     assert again.read_metrics() == []
+
+
+def test_lines_of_a_warm_up_that_was_saved_stay(run: RunFolder) -> None:
+    run.log_metrics(150, {"loss": 1.0}, phase="warmup")
+    run.log_metrics(0, {"sampled_em": 0.1}, phase="eval")
+    (run.path / "initial").mkdir()
+    again = RunFolder.open(run.path, make_recipe(), resume=True)
+    assert [line["phase"] for line in again.read_metrics()] == ["warmup"]
+
+
+def test_the_ledger_goes_back_with_the_other_files(run: RunFolder) -> None:
+    for step in (1, 2, 3):
+        run.log_ledger({"step": step, "event": "issued", "prompts": ["a"]})
+    add_checkpoint(run, 2)
+    again = RunFolder.open(run.path, make_recipe(), resume=True)
+    assert [line["step"] for line in again.read_ledger()] == [1, 2]
+
+
+def sealed(run: RunFolder, step: int) -> Path:
+    checkpoint = run.checkpoints / f"checkpoint-{step}"
+    begin(checkpoint)
+    (checkpoint / "weights").write_text("0123456789")
+    (checkpoint / "trainer_state.json").write_text("{}")
+    (checkpoint / "deeper").mkdir()
+    (checkpoint / "deeper" / "shard").write_text("01234")
+    seal(checkpoint)
+    return checkpoint
+
+
+def test_a_checkpoint_without_its_seal_is_not_used_and_is_cleared_away(run: RunFolder) -> None:
+    whole = sealed(run, 1)
+    begin(add_checkpoint(run, 2))  # all is there but the seal
+    assert run.latest_checkpoint() == whole
+    assert run.clean_checkpoints() == []
+    assert [path.name for path in run.checkpoints.iterdir()] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "told"),
+    [
+        ("weights", "012", "weights has 3 bytes, and 10 were written"),
+        ("deeper/shard", None, "deeper/shard is missing"),
+        ("trainer_state.json", "{", "trainer_state.json has 1 bytes"),
+        ("seal.json", "", "seal.json is not readable"),
+    ],
+)
+def test_a_damaged_checkpoint_is_set_aside(run: RunFolder, file: str, text: str | None, told: str) -> None:
+    whole, broken = sealed(run, 1), sealed(run, 2)
+    if text is None:
+        (broken / file).unlink()
+    else:
+        (broken / file).write_text(text)
+    run.log_metrics(2, {"loss": 1.0}, phase="train")
+    again = RunFolder.open(run.path, make_recipe(), resume=True)
+    assert again.read_metrics() == []
+    (said,) = again.clean_checkpoints()
+    assert told in said
+    assert again.latest_checkpoint() == whole
+    assert (run.checkpoints / "damaged-checkpoint-2").is_dir()
+    assert not broken.exists()
+
+
+def test_with_none_but_damaged_checkpoints_nothing_is_dropped(run: RunFolder) -> None:
+    (sealed(run, 2) / "weights").unlink()
+    run.log_metrics(2, {"loss": 1.0}, phase="train")
+    with pytest.raises(EngineError, match="checkpoint-2: weights is missing") as raised:
+        RunFolder.open(run.path, make_recipe(), resume=True)
+    assert "--start-over" in raised.value.fix
+    assert len(run.read_metrics()) == 1
+
+
+def test_a_folder_that_another_process_trains_in_is_refused(run: RunFolder) -> None:
+    with run.held(), pytest.raises(RecipeError, match=rf"another process .*process {os.getpid()} on"), run.held():
+        pass
+    with run.held():  # it was let go of
+        pass
+
+
+def test_a_run_is_set_aside_whole(run: RunFolder) -> None:
+    run.log_metrics(1, {"loss": 1.0}, phase="train")
+    first = run.set_aside()
+    assert first == run.path.with_name("run.1")
+    assert run.set_aside() is None  # nothing lies there any more
+    RunFolder.open(run.path, make_recipe(), resume=True)
+    assert run.set_aside() == run.path.with_name("run.2")
+    assert RunFolder(first).read_metrics()
+    with RunFolder(first).held(), pytest.raises(RecipeError, match="another process"):
+        RunFolder(first).set_aside()
+
+
+def test_a_write_that_fails_says_what_to_do(run: RunFolder, tmp_path: Path) -> None:
+    run.metrics_file.mkdir()  # no text can be appended to it
+    with pytest.raises(EngineError, match=r"metrics\.jsonl could not be written") as raised:
+        run.log_metrics(1, {"loss": 1.0}, phase="train")
+    assert "same command" in raised.value.fix
+    (tmp_path / "x").mkdir()
+    with pytest.raises(EngineError, match="the disk is full"), saving(tmp_path / "x", remove=True):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not (tmp_path / "x").exists()
 
 
 def test_resume_in_an_empty_folder_starts_a_run(tmp_path: Path) -> None:

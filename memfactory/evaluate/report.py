@@ -131,6 +131,7 @@ def facts(summary: Record, train: list[tuple[int, dict[str, float | None]]]) -> 
         ("Parameters", _scaled(summary.get("parameters"), 1000, ("", "K", "M", "B", "T"))),
         ("Device", summary.get("device")),
         ("Steps", steps),
+        ("Prompts", _prompts(summary.get("ledger"))),
     ]
     return [(label, str(text)) for label, text in shown if text is not None]
 
@@ -214,6 +215,15 @@ def _shown_turn(turn: Record, stream: list[str]) -> Record:
 def _status(summary: Record) -> str:
     """``finished``, ``interrupted``, or ``unfinished`` for a run that has not said how it ended."""
     return str(summary.get("stopped") or "unfinished")
+
+
+def _prompts(ledger: Record | None) -> str | None:
+    """What became of the prompts of the run, e.g. ``30 issued: 18 trained, 10 solved, 2 no room``."""
+    if not ledger:
+        return None
+    parts = {"trained": ledger["trained"], **ledger["dropped"], "open": ledger["open"]}
+    ends = ", ".join(f"{number} {what}" for what, number in parts.items() if number or what == "trained")
+    return f"{ledger['issued']} issued: {ends}"
 
 
 def _duration(seconds: float | None) -> str | None:

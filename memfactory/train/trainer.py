@@ -597,6 +597,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         state["learners"] = self.learners.state_dict()
         state["ledger"] = self.ledger.state_dict()
         state["totals"], state["seconds"] = self.totals, self.total_seconds
+        state["evaluation"] = self.last_evaluation  # where it was of these weights, it is not done again
         if self._step % (self.args.steps_per_generation * self.num_iterations) != 0:
             state["buffer"] = self._buffer  # updates are still to be made on these episodes
         runs = self._get_output_dir(trial=trial)
@@ -640,6 +641,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         if "ledger" in state:  # absent in older checkpoints
             self.ledger.load_state_dict(state["ledger"])
             self.totals, self.total_seconds = state["totals"], state["seconds"]
+            self.last_evaluation = state["evaluation"]
         # Each pass has an order of its own, drawn from one generator, and the trainer begins with the first again.
         per_pass = self.ledger.per_pass * self.args.steps_per_generation * self.num_iterations
         for _ in range(self._step // per_pass if self.args.shuffle_dataset else 0):

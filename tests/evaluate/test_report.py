@@ -19,7 +19,7 @@ import pytest
 from memfactory.episode import Answer, Episode, Evidence, Operation, Probe, Retrieved, Score, StopReason, Task, Turn
 from memfactory.errors import DataError, JudgeError
 from memfactory.evaluate import report, report_rewards
-from memfactory.evaluate.report import curves, results, sample_episodes, script_json, write_report
+from memfactory.evaluate.report import curves, facts, results, sample_episodes, script_json, write_report
 from memfactory.evaluate.report_rewards import summarise_rewards, wanted_episodes
 from memfactory.recipe import Recipe
 from memfactory.reward import reward
@@ -789,3 +789,9 @@ def test_a_screenshot_is_not_blank(chromium: str, tmp_path: Path) -> None:
     page = write_report(run.path).as_uri()
     browse(chromium, tmp_path / "profile", f"--screenshot={image}", "--window-size=900,1600", page)
     assert len(set(pixels(image.read_bytes()))) > 30
+
+
+def test_the_prompts_of_a_run_are_summed_up() -> None:
+    ledger = {"issued": 30, "trained": 18, "dropped": {"solved": 10, "no room": 2}, "open": 0}
+    assert ("Prompts", "30 issued: 18 trained, 10 solved, 2 no room") in facts({"ledger": ledger}, [])
+    assert "Prompts" not in dict(facts({}, []))
