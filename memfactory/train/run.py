@@ -91,7 +91,7 @@ def _train(
         console.print(f"the run that was in {run.path} is now {aside}", soft_wrap=True)
     done = ranks.first(run.read_summary())
     if done.get("stopped") == "finished" and done["recipe_hash"] == recipe.hash():
-        if ranks.is_main_process and not (run.path / "report.html").exists():
+        if ranks.main and not (run.path / "report.html").exists():
             write_report(run.path)  # killed between the two
         console.print(
             f"already finished; report: {run.path / 'report.html'} (--start-over or output_dir=... for a new run)",
