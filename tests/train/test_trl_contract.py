@@ -7,7 +7,6 @@ behaviour can be run it is run, elsewhere the syntax tree of the installed metho
 from __future__ import annotations
 
 import ast
-import contextlib
 import inspect
 import textwrap
 from importlib.metadata import version
@@ -80,6 +79,8 @@ METHODS = {
     "log": ["self", "logs", "start_time"],
     "_save_checkpoint": ["self", "model", "trial"],
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+    "save_model": ["self", "output_dir", "_internal_call"],
+    "_save_rng_state": ["self", "output_dir"],
 }
 
 
@@ -182,7 +183,6 @@ ATTRIBUTES = {
     "chat_template_kwargs": "__init__",
     "processing_class": "__init__",
     "_tokenizer": "_micro_batches",
-    "_dist": "_sampling_model",
     "model_wrapped": "_sampling_model",
     "accelerator": "everything",
     "compute_loss_func": "training_step: not None keeps Trainer from dividing our loss",
@@ -216,9 +216,21 @@ def test_metrics_of_a_step_are_averaged_and_logged(trained):
         assert key in logs, changed(f"{key} was not logged", "EpisodeGRPOTrainer._log_rollout, which fills _metrics")
 
 
-def test_summon_full_params(trained):
-    context = trained._dist.summon_full_params(trained.model_wrapped, recurse=False)
-    assert isinstance(context, contextlib.AbstractContextManager)
+def test_a_checkpoint_is_complete_only_when_every_rank_has_written():
+    """`trainer_state.json` says that it is complete; the ranks wait for each other in what is called before it."""
+    source = ast.unparse(tree(Trainer._save_checkpoint))
+    assert "self._save_rng_state(" in source, changed("_save_rng_state is not called", "the wait in it")
+    assert source.index("self._save_rng_state(") < source.index("self.state.save_to_json("), changed(
+        "trainer_state.json is written earlier", "EpisodeGRPOTrainer._save_rng_state"
+    )
+
+
+def test_what_loading_whole_weights_switches_off_is_there():
+    from transformers.integrations import deepspeed
+
+    assert hasattr(deepspeed, "_hf_deepspeed_config_weak_ref"), changed(
+        "transformers keeps the DeepSpeed configuration elsewhere", "sharding.loaded_whole"
+    )
 
 
 def test_sampling_model_is_the_policy_in_evaluation_mode(trained):
