@@ -521,14 +521,18 @@ def _write_atomically(file: Path, text: str) -> None:
         os.replace(temporary, file)
 
 
+_PLACES = ("output_dir", "rollout.vllm.base_urls", "rollout.vllm.outage")
+"""Keys of a recipe that say where a run works or how long it waits, and nothing about what it computes."""
+
+
 def _differences(stored: Record, given: Record) -> list[str]:
-    """``a.b was 1, is 2`` for each key that differs, the output folder aside."""
+    """``a.b was 1, is 2`` for each key that differs, places aside: a job that is queued again gets other nodes."""
     before, now = _flat(stored), _flat(given)
     absent = "absent"
     return [
         f"{key} was {before.get(key, absent)}, is {now.get(key, absent)}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key != "output_dir"
+        if before.get(key) != now.get(key) and not key.startswith(_PLACES)
     ]
 
 

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from memfactory.cli.recipes import find_recipe
-from memfactory.errors import DataError, MemFactoryError, RecipeErrors, attempt
+from memfactory.errors import DataError, MemFactoryError, RecipeError, RecipeErrors, attempt
 
 if TYPE_CHECKING:
     from memfactory.launch.files import Files
@@ -56,7 +56,11 @@ def launch(
         typer.Option("--batch", min=1, help="Episodes per optimizer step in all, divided over the processes."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run folder.")
+        bool,
+        typer.Option("--resume", help="Go on from the newest checkpoint. The same command without it does so too."),
+    ] = False,
+    start_over: Annotated[
+        bool, typer.Option("--start-over", help="Begin anew; a run that lies in the folder is set aside as NAME.1.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and write its files; start nothing.")
@@ -69,19 +73,25 @@ def launch(
     from memfactory.launch.files import write
     from memfactory.launch.plan import Request, folder_errors, show, start_errors
     from memfactory.launch.slurm import sbatch_options, submit
+    from memfactory.runs import RunFolder
 
     console = Console()
+    if resume and start_over:
+        raise RecipeError("--resume and --start-over", "one goes on with a run, the other begins anew", "give one")
     request = Request(config, gpus, processes, nodes, rollout_nodes, slurm, port, node_rank, address)
     options = sbatch_options(sbatch or [])
     plan = checked(find_recipe(recipe), overrides or [], request, batch, console)
     show(plan, console)
     problems: list[MemFactoryError] = []
     if slurm:
-        problems = [] if resume or dry_run else folder_errors(plan.recipe)
+        problems = [] if start_over or dry_run else folder_errors(plan.recipe)
     elif not dry_run:
-        problems = start_errors(plan, request, resume=resume)
+        problems = start_errors(plan, request, start_over=start_over)
     if problems:
         raise RecipeErrors(f"{recipe} cannot start", problems)
+    if start_over and not dry_run and not node_rank:
+        # here and not by `train`: the run begins from files in that folder, and a queued job begins many times
+        RunFolder(plan.recipe.run_dir).set_aside()
 
     files = write(plan, output or plan.recipe.run_dir / "launch", sbatch=options if slurm else None)
     console.rule("files")
@@ -99,7 +109,7 @@ def launch(
 
 
 def checked(
-    path: Path, overrides: list[str], request: Request, batch: int | None, console: Console | None = None
+    path: Path, overrides: list[str], request: Request, batch: int | None = None, console: Console | None = None
 ) -> Plan:
     """The plan for a recipe file.
 

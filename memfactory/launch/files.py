@@ -62,6 +62,7 @@ def write(plan: Plan, folder: Path, *, sbatch: dict[str, str | None] | None = No
                 trainer_nodes=plan.nodes,
                 rollout_nodes=plan.rollout_nodes,
                 gpus=0 if plan.settings.cpu else plan.per_node,
+                outage=plan.recipe.rollout.vllm.outage,
                 options=sbatch,
             )
             _write(script, text)

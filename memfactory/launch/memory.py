@@ -159,7 +159,7 @@ def estimate(load: Load) -> Memory:
         if load.sharding is Sharding.ZERO3:
             generation["weights gathered for generation"] = shape.parameters * weight
         elif load.sharding is Sharding.FSDP:
-            generation["weights gathered for a layer"] = _gathered(shape, compute)
+            generation["weights gathered for generation"] = shape.parameters * compute
     return Memory(
         {name: size for name, size in states.items() if size},
         {name: size for name, size in training.items() if size},

@@ -160,7 +160,7 @@ def make_plan(prepared: Prepared, request: Request, layout: Layout, episodes: in
         changed = prepared.recipe.model_copy(update={"train": prepared.recipe.train | changes})
         prepared = dataclasses.replace(prepared, recipe=changed)
     recipe = prepared.recipe
-    engine = getattr(recipe.rollout, "engine", "transformers")
+    engine = recipe.rollout.engine
     rollout_nodes = request.rollout_nodes or 0
     errors = precision_errors(settings, recipe.train)
     found, divided = batch(recipe.train, layout.processes)
@@ -259,7 +259,7 @@ def _rows(prepared: Prepared) -> tuple[float | None, bool]:
 # --- before it starts -------------------------------------------------------------------------------------
 
 
-def start_errors(plan: Plan, request: Request, *, resume: bool) -> list[MemFactoryError]:
+def start_errors(plan: Plan, request: Request, *, start_over: bool = False) -> list[MemFactoryError]:
     """What this machine lacks to start the plan now. A dry run, and a job for other machines, can do without it."""
     errors: list[MemFactoryError] = []
     if plan.nodes > 1 and (request.node_rank is None or request.address is None):
@@ -282,7 +282,7 @@ def start_errors(plan: Plan, request: Request, *, resume: bool) -> list[MemFacto
     if first and plan.port and port_taken(plan.port):
         free = "--port 0 takes a free one" if plan.nodes == 1 else f"--port {plan.port + 1}, the same on every node"
         errors.append(RecipeError(f"--port {plan.port}", "another program listens there", free))
-    if first and not resume:
+    if first and not start_over:
         errors += folder_errors(plan.recipe)
     return errors
 
@@ -345,7 +345,7 @@ def _processes_table(plan: Plan) -> Table:
     table.add_row("divided", divided)
     table.add_row("configuration", str(plan.settings.path))
     table.add_row("computed in", {"no": plan.recipe.model.dtype}.get(p := precision(plan.recipe.train), p))
-    engine = getattr(plan.recipe.rollout, "engine", "transformers")
+    engine = plan.recipe.rollout.engine
     if engine == "vllm":
         served = (
             f"vLLM on {plan.rollout_nodes} nodes of their own"

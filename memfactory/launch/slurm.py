@@ -20,7 +20,7 @@ WARNING = 120
 ROLLOUT_PORT = 8000
 """Where `memfactory serve-rollouts` listens."""
 PATIENCE = 1800
-"""Seconds until a rollout server must be ready: it may download and compile first."""
+"""Seconds that trainers wait for rollout servers, at least: these may download and compile first."""
 
 # Long options of sbatch that may be set; the others belong to the script itself.
 OPTIONS = """account array begin chdir comment cluster-constraint clusters constraint container cores-per-socket
@@ -68,6 +68,7 @@ def render(
     trainer_nodes: int,
     rollout_nodes: int = 0,
     gpus: int = 0,
+    outage: float = 0,
     options: dict[str, str | None] | None = None,
 ) -> str:
     """The script.
@@ -78,6 +79,7 @@ def render(
         config: the same of accelerate's configuration.
         output: folder for what the job prints.
         gpus: of each node; 0 asks for none.
+        outage: the recipe's `rollout.vllm.outage`, where it is longer than ours.
         options: further options of sbatch, without their dashes; they win over ours.
     """
     ours: dict[str, str | None] = {
@@ -100,7 +102,8 @@ def render(
         recipe=shlex.quote(str(recipe)),
         config=shlex.quote(str(config)),
         rollout_port=ROLLOUT_PORT,
-        patience=PATIENCE,
+        patience=f"{max(outage, PATIENCE):g}",
+        gpus=gpus,
         warning=WARNING,
     )
 

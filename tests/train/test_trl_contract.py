@@ -81,6 +81,9 @@ METHODS = {
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "save_model": ["self", "output_dir", "_internal_call"],
     "_save_rng_state": ["self", "output_dir"],
+    "_get_grad_norm": ["self", "model", "grad_norm"],
+    "_get_train_sampler": ["self", "dataset"],
+    "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
 }
 
 

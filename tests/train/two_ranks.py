@@ -124,11 +124,11 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-def run(folder: Path, engine: str, overrides: list[str], resume: bool = False) -> dict[str, Any]:
+def run(folder: Path, engine: str, overrides: list[str]) -> dict[str, Any]:
     """`memfactory train`; its summary."""
     asked = [f"train.{name}={json.dumps(value)}" for name, value in options(engine).items()]
     prepared = prepare(Path("recipes/memagent/quickstart.yaml"), [f"output_dir={folder}", *overrides, *asked])
-    return train(prepared, resume=resume, console=Console(quiet=True))
+    return train(prepared, console=Console(quiet=True))
 
 
 def refused(folder: Path, overrides: list[str]) -> str:
@@ -150,7 +150,7 @@ def resume(source: str, folder: Path, engine: str, overrides: list[str]) -> dict
         summary = json.loads((folder / "summary.json").read_text())
         (folder / "summary.json").write_text(json.dumps(summary | {"stopped": "unfinished"}))
     dist.barrier()
-    return run(folder, engine, overrides, resume=True)
+    return run(folder, engine, overrides)
 
 
 def main() -> None:
