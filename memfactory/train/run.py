@@ -59,9 +59,11 @@ def train(prepared: Prepared, *, start_over: bool = False, console: Console | No
         try:
             return _train(prepared, run, stop, held, console, start_over=start_over)
         except Interrupted:
-            summary = run.read_summary() if run.recipe_file.exists() else {}
-            summary |= {"name": prepared.recipe.name, "stopped": "interrupted", "signal": stop.name}
-            if ranks.main and run.recipe_file.exists():
+            summary: dict[str, Any] = {"name": prepared.recipe.name}
+            if stop.opened:
+                summary |= run.read_summary()
+            summary |= {"stopped": "interrupted", "signal": stop.name}
+            if stop.opened and ranks.main:
                 run.write_summary(summary)
             console.print(f"stopped by {stop.name}; the same command goes on", highlight=False)
             return summary
@@ -106,6 +108,7 @@ def _train(
             held.enter_context(run.held())
             taken = run.recipe_file.exists()
             RunFolder.open(run.path, recipe, resume=True)
+            stop.opened = True
             for told in run.clean_checkpoints():
                 console.print(told, style="yellow", markup=False, highlight=False, soft_wrap=True)
             if taken and run.latest_checkpoint() is None:
@@ -122,6 +125,9 @@ def _train(
     if recipe.warmup is not None:
         transformers.set_seed(recipe.seed)  # what follows is the same where the warm-up was done before a kill
     trainer = _trainer(prepared, run, model, tokenizer, config, [RunLog(run, console, config.max_steps), stop])
+    closing = held.enter_context(ExitStack())  # whatever ends the run
+    closing.callback(trainer.policy.close)
+    closing.callback(prepared.rewards.close)
     check_documents(prepared.agent, [*prepared.train_tasks, *prepared.eval_tasks], trainer.policy)
     trainer.health.check_weights("the weights before training")
 
@@ -160,8 +166,7 @@ def _train(
     }
     if stop.name:
         summary["signal"] = stop.name
-    prepared.rewards.close()
-    trainer.policy.close()
+    closing.close()
     if ranks.main:
         run.write_summary(summary)
         report = write_report(run.path)

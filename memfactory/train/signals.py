@@ -42,6 +42,8 @@ class StopOnSignal(TrainerCallback):
         self.console = console
         self.number = 0
         """The signal; 0 while there was none."""
+        self.opened = False
+        """The run has its folder: from then on its summary says how it was stopped."""
         self._since = 0.0
         self._training = False
         self._before: dict[int, Any] = {}

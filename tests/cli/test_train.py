@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 from memfactory.environments.base import Split
 from memfactory.errors import DataError, RecipeError, RecipeErrors
 from memfactory.plugins import shipped
+from memfactory.runs import RunFolder
 from memfactory.train.prepare import prepare
+from memfactory.train.run import train
 
 QUICKSTART = shipped("recipes") / "memagent" / "quickstart.yaml"
 
@@ -105,6 +108,17 @@ def test_overlap_of_train_and_test_is_refused(tmp_path: Path) -> None:
     files = ("environment.name=files", f"environment.train={path}", f"environment.test={path}")
     with pytest.raises(DataError, match=r"overlap|both"):
         prepare(QUICKSTART, [*files, "environment.train_tasks=null", "environment.test_tasks=null"])
+
+
+def test_a_signal_before_a_run_has_its_folder_leaves_what_lies_there(tmp_path: Path, monkeypatch) -> None:
+    prepared = prepare(QUICKSTART, [f"output_dir={tmp_path / 'out'}"])
+    folder = RunFolder.open(tmp_path / "out", prepared.recipe, resume=False)
+    folder.write_summary({"stopped": "finished", "recipe_hash": "that of another recipe"})
+    before = folder.summary_file.read_bytes()
+    monkeypatch.setattr("memfactory.train.run.load_tokenizer", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    summary = train(prepared)
+    assert (summary["stopped"], summary["signal"]) == ("interrupted", "SIGTERM")
+    assert folder.summary_file.read_bytes() == before
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from packaging.version import Version
 from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import grpo_trainer
-from trl.trainer.utils import add_fused_lm_head
+from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 
 from memfactory.train import trainer as ours
 from memfactory.train.config import _OWNED, _REFUSED
@@ -118,6 +118,15 @@ def test_every_override_exists_in_trl_or_transformers():
     assert documented >= {"training_step", "_prepare_inputs", "_get_per_token_logps_and_entropies", "_compute_loss"}
     for name in documented:
         assert hasattr(GRPOTrainer, name), changed(f"GRPOTrainer.{name} is gone", f"the table in {ours.__name__}")
+
+
+def test_the_order_of_a_pass_is_one_draw_from_the_sampler():
+    """A resumed run makes the draws of earlier passes again, because the trainer makes a new sampler."""
+    uninterrupted, resumed = (RepeatSampler(range(7), 2, batch_size=3, repeat_count=2, seed=5) for _ in range(2))
+    for _ in range(2):
+        list(uninterrupted)
+        torch.randperm(resumed.num_samples, generator=resumed.generator)
+    assert list(uninterrupted) == list(resumed), changed("RepeatSampler draws otherwise", "resuming after a pass")
 
 
 def test_names_of_our_own_methods_are_free():
