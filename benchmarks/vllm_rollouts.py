@@ -2,7 +2,7 @@
 
     MEMFACTORY_VLLM_PYTHON=.venv-engines/bin/python python benchmarks/vllm_rollouts.py
 
-SmolLM2-135M in float32 on a real server on this machine (some 3 GB, about 10 minutes on two quiet cores). Ratios are of
+SmolLM2-135M in float32 on a real server here (some 3 GB, about 10 minutes on two quiet cores). Ratios are of
 one run; the raw request is the same prompts, lengths and seeds in one POST.
 """
 
