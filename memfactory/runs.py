@@ -149,7 +149,10 @@ class RunFolder:
             stream.truncate(0)
             stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             stream.flush()
-            yield
+            try:
+                yield
+            finally:
+                stream.truncate(0)
 
     @property
     def recipe_file(self) -> Path:
