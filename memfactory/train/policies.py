@@ -31,14 +31,14 @@ def trains(recipe: Recipe, module: str) -> bool:
 
 
 def route(
-    recipe: Recipe, trained: TransformersPolicy, initial: Callable[[], PreTrainedModel], folder: Path
+    recipe: Recipe, trained: TransformersPolicy, initial: Callable[[], PreTrainedModel], folder: Path = Path()
 ) -> RoutedPolicy:
     """`trained`, with the models beside it that `recipe` names. Each is loaded once, however many modules it serves.
 
     Args:
         trained: the policy that is trained, in this process; where the recipe says so, servers sample in its place.
         initial: loads the weights from before GRPO; called where they are needed and no adapter can be turned off.
-        folder: of the run, for what is sent to servers.
+        folder: of the run, where what is sent to servers is written.
 
     Raises:
         EngineError: a server does not fit the recipe.
