@@ -14,3 +14,9 @@ from hypothesis import HealthCheck, settings
 
 settings.register_profile("memfactory", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("memfactory")
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first, so that no process is left alone with one of them at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
