@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Self
 
 
 @dataclass
@@ -39,15 +39,14 @@ def yes(request: dict[str, Any], number: int) -> Reply:
     return Reply()
 
 
-class ChatServer:
-    """Answers ``POST /v1/chat/completions`` by ``answer(request, number)``; number counts from 0."""
+class LocalServer:
+    """An HTTP server in this process, with a thread for each connection, that can end as a killed one does.
 
-    def __init__(self, answer: Callable[[dict[str, Any], int], Reply] = yes) -> None:
-        self.answer = answer
-        self.requests: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        self.times: list[float] = []
-        self.most_at_once = self._at_once = 0
+    Args:
+        port: 0 takes a free one.
+    """
+
+    def __init__(self, port: int = 0) -> None:
         self._lock = threading.Lock()
         self._sockets: list[socket.socket] = []
         server = self
@@ -59,8 +58,11 @@ class ChatServer:
                 super().setup()
                 server._sockets.append(self.connection)
 
+            def do_GET(self) -> None:
+                server._handle(self, b"")
+
             def do_POST(self) -> None:
-                server._handle(self)
+                server._handle(self, self.rfile.read(int(self.headers["Content-Length"])))
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -68,18 +70,24 @@ class ChatServer:
         class Server(ThreadingHTTPServer):
             request_queue_size = 256
             daemon_threads = True
+            allow_reuse_address = True
 
             def handle_error(self, *_: object) -> None:  # a client that gave up is part of some tests
                 pass
 
-        self._server = Server(("127.0.0.1", 0), Handler)
+        self._server = Server(("127.0.0.1", port), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
 
     @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+    def port(self) -> int:
+        port: int = self._server.server_address[1]
+        return port
 
-    def __enter__(self) -> ChatServer:
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -94,11 +102,30 @@ class ChatServer:
             with contextlib.suppress(OSError):  # closed already
                 connection.shutdown(socket.SHUT_RDWR)
 
-    def _handle(self, handler: BaseHTTPRequestHandler) -> None:
+    def _handle(self, handler: BaseHTTPRequestHandler, body: bytes) -> None:
+        raise NotImplementedError
+
+
+class ChatServer(LocalServer):
+    """Answers ``POST /v1/chat/completions`` by ``answer(request, number)``; number counts from 0."""
+
+    def __init__(self, answer: Callable[[dict[str, Any], int], Reply] = yes) -> None:
+        super().__init__()
+        self.answer = answer
+        self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.times: list[float] = []
+        self.most_at_once = self._at_once = 0
+
+    @property
+    def url(self) -> str:
+        return f"{super().url}/v1"
+
+    def _handle(self, handler: BaseHTTPRequestHandler, body: bytes) -> None:
         if handler.path != "/v1/chat/completions":
             handler.send_error(404)
             return
-        request = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+        request = json.loads(body)
         with self._lock:
             number = len(self.requests)
             self.requests.append(request)

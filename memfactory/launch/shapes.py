@@ -142,20 +142,9 @@ def find_shape(model: ModelSection, vocabulary: Sequence[str] | None) -> Shape |
     if model.tiny is not None:
         if vocabulary is None:
             return None
-        from memfactory.policy.tiny import tiny_tokenizer
+        from memfactory.policy.tiny import tiny_config, tiny_tokenizer
 
-        tiny = model.tiny
-        return Shape(
-            hidden=tiny.hidden_size,
-            layers=tiny.layers,
-            heads=tiny.heads,
-            kv_heads=tiny.heads,
-            head_dim=tiny.hidden_size // tiny.heads,
-            mlp=tiny.mlp_size,
-            vocabulary=len(tiny_tokenizer(vocabulary)),
-            tied=True,
-            qk_norm=True,
-        )
+        return from_config(tiny_config(model.tiny, tiny_tokenizer(vocabulary)).to_dict())
     assert model.name is not None
     path = _config_file(model.name)
     if path is not None:

@@ -46,9 +46,9 @@ def tiny_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def tiny_model(section: TinyModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """A randomly initialised model for `tokenizer`; `seed` decides the weights."""
-    config = Qwen3Config(
+def tiny_config(section: TinyModel, tokenizer: PreTrainedTokenizerBase) -> Qwen3Config:
+    """What :func:`tiny_model` is built from."""
+    return Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=section.hidden_size,
         intermediate_size=section.mlp_size,
@@ -63,6 +63,11 @@ def tiny_model(section: TinyModel, tokenizer: PreTrainedTokenizerBase, seed: int
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
+
+
+def tiny_model(section: TinyModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """A randomly initialised model for `tokenizer`; `seed` decides the weights."""
+    config = tiny_config(section, tokenizer)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return Qwen3ForCausalLM(config)

@@ -18,6 +18,7 @@ from memfactory.loops import BackgroundLoop
 from memfactory.policy.base import Sampling
 from memfactory.policy.rendering import check_fits, pieces, prompt_of
 from memfactory.policy.vllm_pool import ServerPool
+from memfactory.policy.vllm_server import Draw
 
 LOOP = BackgroundLoop("memfactory-vllm")
 """Where servers are spoken to. A frozen model in this process holds up the loop of the episodes while it decodes."""
@@ -53,15 +54,8 @@ class VLLMPolicy:
         """See :meth:`memfactory.policy.base.Policy.generate`."""
         prompt_ids = prompt_of(self.tokenizer, messages, module, self.template_options)
         check_fits(len(prompt_ids), max_tokens, self.max_positions, module)
-        request = self.pool.sample(
-            prompt_ids,
-            base=self.base,
-            sampling=self.sampling,
-            max_tokens=max_tokens,
-            stop=self.eos_ids,
-            seed=self._next_seed(prompt_ids),
-        )
-        sampled = await asyncio.wrap_future(LOOP.start(request))
+        draw = Draw(prompt_ids, self.sampling, max_tokens, self.eos_ids, self._next_seed(prompt_ids))
+        sampled = await asyncio.wrap_future(LOOP.start(self.pool.sample(draw, base=self.base)))
         return Turn(
             module=module,
             prompt_ids=prompt_ids,
@@ -126,6 +120,5 @@ class VLLMPolicy:
         prompt = sha256(array("q", prompt_ids).tobytes()).digest()
         self._asked[prompt] += 1
         digest = sha256(f"{self._seed}/{self._asked[prompt]}/".encode() + prompt).digest()
-        return (
-            int.from_bytes(digest[:4], "big") >> 1
-        )  # vLLM keeps seeds in 64 bits, torch's CPU generator is content with 31
+        # vLLM keeps seeds in 64 bits, torch's CPU generator is content with 31
+        return int.from_bytes(digest[:4], "big") >> 1

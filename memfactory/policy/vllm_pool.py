@@ -18,9 +18,8 @@ from time import monotonic
 
 from memfactory.endpoints.failures import Failure, RequestFailed
 from memfactory.errors import EngineError
-from memfactory.policy.base import Sampling
 from memfactory.policy.vllm_needs import BASE
-from memfactory.policy.vllm_server import Sampled, VLLMServer
+from memfactory.policy.vllm_server import Draw, Sampled, VLLMServer
 
 GONE = frozenset({Failure.CONNECTION, Failure.CUT, Failure.SERVER, Failure.TIMEOUT, Failure.GARBAGE})
 """Failures of the server rather than of the request: another one may answer."""
@@ -119,16 +118,7 @@ class ServerPool:
     def __post_init__(self) -> None:
         self._places = [_Place(server) for server in self.servers]
 
-    async def sample(
-        self,
-        prompt_ids: Sequence[int],
-        *,
-        base: bool,
-        sampling: Sampling,
-        max_tokens: int,
-        stop: Sequence[int],
-        seed: int,
-    ) -> Sampled:
+    async def sample(self, draw: Draw, *, base: bool) -> Sampled:
         """One completion from whichever server is free.
 
         Args:
@@ -138,13 +128,11 @@ class ServerPool:
             EngineError: no server was there for `outage` seconds, it refuses the request, or holds other weights.
         """
         while True:
-            place = await self._free(prompt_ids)
+            place = await self._free(draw.prompt_ids)
             model = BASE if base or self.adapter is None else self.adapter.name
             place.under_way += 1
             try:
-                return await place.server.sample(
-                    prompt_ids, model=model, sampling=sampling, max_tokens=max_tokens, stop=stop, seed=seed
-                )
+                return await place.server.sample(draw, model=model)
             except RequestFailed as failed:
                 # 404: it was started anew since, and has forgotten the adapter
                 if failed.kind not in GONE and failed.status != 404:

@@ -39,6 +39,21 @@ FIXES = Fixes(
 
 
 @dataclass(frozen=True, slots=True)
+class Draw:
+    """One completion that is asked for."""
+
+    prompt_ids: Sequence[int]
+    """(P,)"""
+    sampling: Sampling
+    max_tokens: int
+    """Most tokens to draw."""
+    stop: Sequence[int]
+    """Token ids that end it; the one that did is the last of the completion."""
+    seed: int
+    """Of the draws of this completion alone."""
+
+
+@dataclass(frozen=True, slots=True)
 class Sampled:
     """One completion, in the sampler's own tokens."""
 
@@ -88,41 +103,28 @@ class VLLMServer:
 
     # ---- tokens ------------------------------------------------------------------------------
 
-    async def sample(
-        self,
-        prompt_ids: Sequence[int],
-        *,
-        model: str,
-        sampling: Sampling,
-        max_tokens: int,
-        stop: Sequence[int],
-        seed: int,
-    ) -> Sampled:
+    async def sample(self, draw: Draw, *, model: str) -> Sampled:
         """Draw one completion.
 
         Args:
-            prompt_ids: (P,)
             model: name of an adapter, or of the base model (:data:`memfactory.policy.vllm_needs.BASE`).
-            max_tokens: most tokens to draw.
-            stop: token ids that end it; the one that did is the last of the completion.
-            seed: of the draws of this completion alone.
 
         Raises:
             RequestFailed: no completion came.
         """
         body: dict[str, Any] = {
             "model": model,
-            "prompt": list(prompt_ids),
-            "max_tokens": max_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
-            "repetition_penalty": sampling.repetition_penalty,
-            "seed": seed,
+            "prompt": list(draw.prompt_ids),
+            "max_tokens": draw.max_tokens,
+            "temperature": draw.sampling.temperature,
+            "top_p": draw.sampling.top_p,
+            "top_k": draw.sampling.top_k,
+            "min_p": draw.sampling.min_p,
+            "repetition_penalty": draw.sampling.repetition_penalty,
+            "seed": draw.seed,
             "logprobs": 0,
             "return_token_ids": True,
-            "stop_token_ids": list(stop),
+            "stop_token_ids": list(draw.stop),
             # a server started with the model's own generation config must not mix it in
             "stop": None,
             "ignore_eos": False,

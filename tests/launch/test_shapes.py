@@ -8,28 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM
 
 from memfactory.cli.recipes import find_recipe, listed
 from memfactory.launch.shapes import Shape, find_shape, from_config, known, table
 from memfactory.policy.models import lora_config
 from memfactory.policy.tiny import tiny_model, tiny_tokenizer
 from memfactory.recipe import Lora, ModelSection, TinyModel, load_recipe
-
-CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
-
-
-def config_of(kind: str, shape: Shape):
-    return CONFIGS[kind](
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        intermediate_size=shape.mlp,
-        vocab_size=shape.vocabulary,
-        tie_word_embeddings=shape.tied,
-    )
 
 
 def built(config):
@@ -42,7 +27,7 @@ def kind_of(shape: Shape) -> str:
 
 
 @pytest.mark.parametrize("name", table())
-def test_parameters_are_those_of_the_real_class(name: str) -> None:
+def test_parameters_are_those_of_the_real_class(config_of, name: str) -> None:
     shape = table()[name]
     assert shape.parameters == built(config_of(kind_of(shape), shape)).num_parameters()
 
@@ -64,17 +49,9 @@ def test_published_sizes(name: str, parameters: int) -> None:
 
 
 @pytest.mark.parametrize("target", ["all-linear", ["q_proj", "v_proj"], ".*_proj"])
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_adapters_are_those_of_peft(kind: str, target: str | list[str]) -> None:
-    config = CONFIGS[kind](
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        intermediate_size=48,
-        vocab_size=50,
-    )
+def test_adapters_are_those_of_peft(config_of, kind: str, target: str | list[str]) -> None:
+    small = Shape(hidden=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=48, vocabulary=50, tied=False)
+    config = config_of(kind, small)
     shape = from_config(config.to_dict())
     assert shape is not None
     lora = Lora(r=4, target_modules=target)
@@ -92,7 +69,7 @@ def test_a_tiny_model_is_counted_with_its_words() -> None:
     assert find_shape(ModelSection(tiny=tiny), None) is None
 
 
-def test_a_local_folder_is_read_and_what_is_unknown_stays_unknown(tmp_path: Path) -> None:
+def test_a_local_folder_is_read_and_what_is_unknown_stays_unknown(config_of, tmp_path: Path) -> None:
     shape = table()["qwen3-0.6b"]
     (tmp_path / "config.json").write_text(json.dumps(config_of("qwen3", shape).to_dict()))
     assert find_shape(ModelSection(name=str(tmp_path)), None) == shape

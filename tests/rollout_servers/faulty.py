@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import socket
-import threading
+import sys
 import time
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `servers` is shared by folders of tests
+
+from servers import LocalServer
 
 Fault = Callable[["FaultyServer", str, dict[str, Any], int], int | str | None]
 """``fault(server, path, body, number)``: a status to answer, ``cut`` or ``garbage``, or None to answer well. `number`
 counts the requests to that path from 0."""
 
 
-class FaultyServer:
+class FaultyServer(LocalServer):
     """Completions are the request's seed modulo 100, three times; log-probs of prompts are `-weight` for every token.
 
     Args:
@@ -25,71 +28,19 @@ class FaultyServer:
     """
 
     def __init__(self, fault: Fault | None = None, port: int = 0, weight: float = 1.0) -> None:
+        super().__init__(port)
         self.fault, self.weight = fault, weight
         self.adapters: dict[str, str] = {}
         self.seen: list[tuple[str, dict[str, Any]]] = []
-        self._lock = threading.Lock()
         self._counts: dict[str, int] = {}
-        self._sockets: list[socket.socket] = []
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def setup(self) -> None:
-                super().setup()
-                server._sockets.append(self.connection)
-
-            def do_GET(self) -> None:
-                server._handle(self, {})
-
-            def do_POST(self) -> None:
-                server._handle(self, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        class Server(ThreadingHTTPServer):
-            request_queue_size = 256
-            daemon_threads = True
-            allow_reuse_address = True
-
-            def handle_error(self, *_: object) -> None:
-                pass
-
-        self._server = Server(("127.0.0.1", port), Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
-
-    @property
-    def port(self) -> int:
-        port: int = self._server.server_address[1]
-        return port
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def __enter__(self) -> FaultyServer:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.die()
-
-    def die(self) -> None:
-        """End as a killed process does."""
-        self._server.shutdown()
-        self._server.server_close()
-        for connection in self._sockets:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
 
     def completions(self) -> list[dict[str, Any]]:
         """Requests for turns that came here."""
         return [body for path, body in self.seen if path == "/v1/completions" and "prompt_logprobs" not in body]
 
-    def _handle(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+    def _handle(self, handler: BaseHTTPRequestHandler, content: bytes) -> None:
         path = handler.path.partition("?")[0]
+        body: dict[str, Any] = json.loads(content) if content else {}
         with self._lock:
             number = self._counts.get(path, 0)
             self._counts[path] = number + 1

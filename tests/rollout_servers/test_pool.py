@@ -23,7 +23,7 @@ from memfactory.policy import vllm_pool
 from memfactory.policy.base import Sampling
 from memfactory.policy.vllm_policy import LOOP
 from memfactory.policy.vllm_pool import Adapter, Canary, ServerPool
-from memfactory.policy.vllm_server import Sampled, VLLMServer
+from memfactory.policy.vllm_server import Draw, Sampled, VLLMServer
 from memfactory.recipe import VLLMSection
 
 IDS = list(range(10, 20))
@@ -50,13 +50,22 @@ def publish(pool: ServerPool, name: str, canary: Canary | None = CANARY) -> floa
     return LOOP.start(pool.publish(Adapter(f"memfactory-test-{name}", f"/adapters/{name}"), canary)).result()
 
 
+@contextlib.contextmanager
+def orphaned() -> Iterator[tuple[ServerPool, int]]:
+    """A pool whose only server held ``v1`` and has died, and the port it was at."""
+    with FaultyServer() as server, pool_of(server) as pool:
+        publish(pool, "v1")
+        server.die()
+        yield pool, server.port
+
+
 def sample(pool: ServerPool, count: int, prompt_length: int = 5) -> list[Sampled]:
     """`count` different requests at the same time."""
 
     async def everything() -> list[Sampled]:
         return await asyncio.gather(
             *(
-                pool.sample([n] * prompt_length, base=False, sampling=Sampling(), max_tokens=3, stop=[2], seed=n)
+                pool.sample(Draw([n] * prompt_length, Sampling(), max_tokens=3, stop=[2], seed=n), base=False)
                 for n in range(count)
             )
         )
@@ -89,9 +98,7 @@ def test_requests_are_spread_and_prompts_that_begin_alike_stay_together():
         for server in (one, two):
             server.seen.clear()
         for _ in range(6):  # one after another: no load that would have to be spread
-            LOOP.start(
-                pool.sample([3] * 300, base=False, sampling=Sampling(), max_tokens=3, stop=[2], seed=1)
-            ).result()
+            LOOP.start(pool.sample(Draw([3] * 300, Sampling(), max_tokens=3, stop=[2], seed=1), base=False)).result()
         assert sorted(len(server.completions()) for server in (one, two)) == [0, 6]
 
 
@@ -106,24 +113,20 @@ def test_a_server_that_dies_is_replaced_by_the_others():
 
 
 def test_a_server_that_comes_back_gets_the_weights_of_now_before_it_is_asked():
-    with FaultyServer() as first:
-        port = first.port
-        with pool_of(first) as pool:
-            publish(pool, "v1")
-            first.die()
-            waiting: list[list[int]] = []
-            asking = threading.Thread(target=lambda: waiting.append(answered(sample(pool, 20))))
-            asking.start()
-            time.sleep(0.5)
-            assert asking.is_alive(), "without any server requests wait"
-            with FaultyServer(port=port) as second:  # started anew: it knows no adapter
-                asking.join(timeout=20)
-                assert waiting == [list(range(20))]
-                assert second.adapters == {"memfactory-test-v1": "/adapters/v1"}
-                loaded = [path for path, _ in second.seen].index("/v1/load_lora_adapter")
-                scored = next(n for n, (_, body) in enumerate(second.seen) if "prompt_logprobs" in body)
-                asked = next(n for n, (_, body) in enumerate(second.seen) if "seed" in body)
-                assert loaded < scored < asked
+    with orphaned() as (pool, port):
+        waiting: list[list[int]] = []
+        asking = threading.Thread(target=lambda: waiting.append(answered(sample(pool, 20))))
+        asking.start()
+        time.sleep(0.5)
+        assert asking.is_alive(), "without any server requests wait"
+        with FaultyServer(port=port) as second:  # started anew: it knows no adapter
+            asking.join(timeout=20)
+            assert waiting == [list(range(20))]
+            assert second.adapters == {"memfactory-test-v1": "/adapters/v1"}
+            loaded = [path for path, _ in second.seen].index("/v1/load_lora_adapter")
+            scored = next(n for n, (_, body) in enumerate(second.seen) if "prompt_logprobs" in body)
+            asked = next(n for n, (_, body) in enumerate(second.seen) if "seed" in body)
+            assert loaded < scored < asked
 
 
 def test_a_server_that_was_started_anew_unnoticed_is_mended_too():
@@ -136,17 +139,13 @@ def test_a_server_that_was_started_anew_unnoticed_is_mended_too():
 
 
 def test_a_server_that_comes_back_with_other_weights_stops_the_run():
-    with FaultyServer() as first:
-        port = first.port
-        with pool_of(first) as pool:
-            publish(pool, "v1")
-            first.die()
-            with (
-                FaultyServer(port=port, weight=1.5),
-                pytest.raises(EngineError, match=r"log-probs differ by 0\.5 on average") as caught,
-            ):
-                sample(pool, 3)
-            assert "mean -1.5000 there, -1.0000 here" in str(caught.value)
+    with orphaned() as (pool, port):
+        with (
+            FaultyServer(port=port, weight=1.5),
+            pytest.raises(EngineError, match=r"log-probs differ by 0\.5 on average") as caught,
+        ):
+            sample(pool, 3)
+        assert "mean -1.5000 there, -1.0000 here" in str(caught.value)
 
 
 def test_no_server_for_too_long_says_who_and_how_to_go_on():
