@@ -10,14 +10,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from memfactory.cli.options import Overrides, RecipeName
 from memfactory.cli.recipes import find_recipe
 
 
 def evaluate(
-    recipe: Annotated[str, typer.Argument(help="Recipe file, or a name such as memagent/quickstart.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value ...]", help="Entries to change, e.g. eval.samples=4.")
-    ] = None,
+    recipe: RecipeName,
+    overrides: Overrides = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option("--checkpoint", help="A run's model/ or checkpoints/checkpoint-N; absent: the untrained model."),

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from memfactory.cli.options import Overrides, RecipeName, Resume, StartOver, check_resume
 from memfactory.cli.recipes import find_recipe
-from memfactory.errors import DataError, MemFactoryError, RecipeError, RecipeErrors, attempt
+from memfactory.errors import DataError, MemFactoryError, RecipeErrors, attempt
 
 if TYPE_CHECKING:
     from memfactory.launch.files import Files
@@ -22,10 +23,8 @@ if TYPE_CHECKING:
 
 
 def launch(
-    recipe: Annotated[str, typer.Argument(help="Recipe file, or a name such as memagent/quickstart.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value ...]", help="Entries to change, as in train.")
-    ] = None,
+    recipe: RecipeName,
+    overrides: Overrides = None,
     config: Annotated[
         str | None,
         typer.Option("--config", help="cpu, single_gpu, ddp, fsdp2, zero2, zero3, zero3_offload, or a file of yours."),
@@ -55,13 +54,8 @@ def launch(
         int | None,
         typer.Option("--batch", min=1, help="Episodes per optimizer step in all, divided over the processes."),
     ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Go on from the newest checkpoint. The same command without it does so too."),
-    ] = False,
-    start_over: Annotated[
-        bool, typer.Option("--start-over", help="Begin anew; a run that lies in the folder is set aside as NAME.1.")
-    ] = False,
+    resume: Resume = False,
+    start_over: StartOver = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and write its files; start nothing.")
     ] = False,
@@ -76,8 +70,7 @@ def launch(
     from memfactory.runs import RunFolder
 
     console = Console()
-    if resume and start_over:
-        raise RecipeError("--resume and --start-over", "one goes on with a run, the other begins anew", "give one")
+    check_resume(resume, start_over)
     request = Request(config, gpus, processes, nodes, rollout_nodes, slurm, port, node_rank, address)
     options = sbatch_options(sbatch or [])
     plan = checked(find_recipe(recipe), overrides or [], request, batch, console)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from memfactory.errors import RecipeError
+from memfactory.named_files import named, roots
 
 app = typer.Typer(help="List, show and copy recipes.", add_completion=False, invoke_without_command=True)
 
@@ -32,24 +32,6 @@ class Listed:
     environment: str
 
 
-def roots() -> dict[str, Path]:
-    """Folders that hold recipes, by owner: yours first, because a name is taken from there first."""
-    from memfactory.plugins import shipped  # here: it imports pydantic, which `--help` can do without
-
-    return {"yours": Path.cwd() / "recipes", "shipped": shipped("recipes")}
-
-
-def _files() -> Iterator[tuple[str, Path, str]]:
-    """Name, path and owner of every recipe; of two with one name the first is the one that counts."""
-    seen: set[str] = set()
-    for owner, root in roots().items():
-        for path in sorted(root.rglob("*.yaml")) if root.is_dir() else []:
-            name = path.relative_to(root).with_suffix("").as_posix()
-            if name not in seen:
-                seen.add(name)
-                yield name, path, owner
-
-
 def find_recipe(name_or_path: str | Path) -> Path:
     """The file behind a path, or behind a name such as ``memagent/quickstart``.
 
@@ -61,11 +43,11 @@ def find_recipe(name_or_path: str | Path) -> Path:
     path = Path(name_or_path)
     if path.is_file():
         return path
-    for root in roots().values():
+    for root in roots("recipes").values():
         for candidate in (root / path, root / f"{path}.yaml"):
             if candidate.is_file():
                 return candidate
-    names = [name for name, _, _ in _files()]
+    names = [file.name for file in named("recipes", "**/*.yaml")]
     asked = path.as_posix().removeprefix("recipes/").removesuffix(".yaml")
     near = difflib.get_close_matches(asked, names, n=3, cutoff=0.4)
     # `quickstart` alone is far from `memagent/quickstart` by letters, near by meaning
@@ -99,7 +81,7 @@ def describe(path: Path) -> tuple[str, str, str]:
 
 def listed() -> list[Listed]:
     """Every recipe that a name can mean."""
-    return [Listed(name, path, owner, *describe(path)) for name, path, owner in _files()]
+    return [Listed(file.name, file.path, file.owner, *describe(file.path)) for file in named("recipes", "**/*.yaml")]
 
 
 @app.callback()
@@ -135,7 +117,7 @@ def copy(
 ) -> None:
     """Copy a recipe into the working folder, to change it there."""
     source = find_recipe(name)
-    root = next((root for root in roots().values() if source.is_relative_to(root)), source.parent)
+    root = next((root for root in roots("recipes").values() if source.is_relative_to(root)), source.parent)
     if dest is None:
         target = Path("recipes") / source.relative_to(root)
     else:

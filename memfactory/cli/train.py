@@ -7,22 +7,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from memfactory.cli.options import Overrides, RecipeName, Resume, StartOver, check_resume
 from memfactory.cli.recipes import find_recipe
-from memfactory.errors import DataError, RecipeError
+from memfactory.errors import DataError
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="Recipe file, or a name such as memagent/quickstart.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value ...]", help="Entries to change, e.g. train.max_steps=10.")
-    ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Go on from the newest checkpoint. The same command without it does so too."),
-    ] = False,
-    start_over: Annotated[
-        bool, typer.Option("--start-over", help="Begin anew; a run that lies in the folder is set aside as NAME.1.")
-    ] = False,
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    start_over: StartOver = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Check everything and run one step on a tiny stand-in model; trains nothing."),
@@ -45,8 +39,7 @@ def train(
             prepared = prepare(path, overrides or [], splits=())
         try_out(prepared, console, problem)
         return
-    if resume and start_over:
-        raise RecipeError("--resume and --start-over", "one goes on with a run, the other begins anew", "give one")
+    check_resume(resume, start_over)
     from memfactory.train.run import train as run
     from memfactory.train.signals import exit_code
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from memfactory.errors import MemFactoryError, RecipeError, RecipeErrors
 from memfactory.launch.memory import Sharding
-from memfactory.plugins import shipped
+from memfactory.named_files import named
 from memfactory.recipe import nearest, read_yaml
 
 _TYPES = {"NO": Sharding.NONE, "MULTI_GPU": Sharding.DDP, "FSDP": Sharding.FSDP}
@@ -78,24 +78,9 @@ class Settings:
 # --- finding ----------------------------------------------------------------------------------------------
 
 
-def roots() -> dict[str, Path]:
-    """Folders that hold configurations, by owner: yours first."""
-    return {"yours": Path.cwd() / "launch", "shipped": shipped("launch")}
-
-
-def _files() -> Iterator[tuple[str, Path]]:
-    """Name and path of every configuration; of two with one name the first is the one that counts."""
-    seen: set[str] = set()
-    for root in roots().values():
-        for path in sorted(root.glob("*.yaml")) if root.is_dir() else []:
-            if path.stem not in seen:
-                seen.add(path.stem)
-                yield path.stem, path
-
-
 def names() -> list[str]:
     """What `--config` can be called by."""
-    return [name for name, _ in _files()]
+    return [file.name for file in named("launch", "*.yaml")]
 
 
 def find_config(name_or_path: str) -> Path:
@@ -111,9 +96,9 @@ def find_config(name_or_path: str) -> Path:
         return path
     asked = path.name.removesuffix(".yaml")
     if path.parent in (Path(), Path("launch")):  # a wheel has no ./launch, and the same command works there
-        for name, found in _files():
-            if name == asked:
-                return found
+        for file in named("launch", "*.yaml"):
+            if file.name == asked:
+                return file.path
     why = "neither a file nor a name below launch/"
     raise RecipeError(f"--config {name_or_path}: no such configuration", why, nearest(asked, names()))
 

@@ -229,7 +229,7 @@ def _evaluate(prepared: Prepared, trainer: EpisodeGRPOTrainer, run: RunFolder, c
         trainer.policy.use(plain, trainer.state.global_step)
         options, share = prepared.eval_options, trainer.ranks.sharing
         result = evaluate_agent(prepared.agent, prepared.eval_tasks, trainer.policy, options, progress, share)
-    if trainer.accelerator.is_main_process:
+    if trainer.ranks.main:
         result.log(run, trainer.state.global_step)
     for example in result.faults.examples:
         console.print(f"could not be measured: {example}", style="yellow", markup=False, highlight=False)

@@ -7,11 +7,10 @@ import time
 from types import FrameType
 from typing import Any
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import gather
 from rich.console import Console
 from transformers import TrainerCallback
+
+from memfactory.train.ranks import Ranks
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 _SAME = 0.5
@@ -69,7 +68,7 @@ class StopOnSignal(TrainerCallback):
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.number:
-            passed_on = PartialState().num_processes > 1 and now - self._since < _SAME
+            passed_on = Ranks().count > 1 and now - self._since < _SAME
             if number == signal.SIGINT and not passed_on:
                 raise KeyboardInterrupt
             return
@@ -80,9 +79,7 @@ class StopOnSignal(TrainerCallback):
 
     def _agree(self) -> bool:
         """Whether any process got a signal; then all of them know which."""
-        if PartialState().num_processes > 1:
-            mine = torch.tensor([self.number], device=PartialState().device)
-            self.number = int(gather(mine).max())
+        self.number = Ranks().max(self.number)
         return bool(self.number)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -184,7 +184,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         self.ledger = Ledger(
             [task.id for task in parts.train_tasks],
             self.args.generation_batch_size // self.args.num_generations,
-            parts.run.log_ledger if parts.run is not None and self.accelerator.is_main_process else None,
+            parts.run.log_ledger if parts.run is not None and self.ranks.main else None,
         )
         self.health = Health(self)
         self._entering: dict[int, list[int]] = {}
@@ -314,7 +314,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
 
     def _own_share(self, model: Any, inputs: Sequence[dict[str, Any]]) -> list[list[MicroBatch]]:
         tasks = [self.parts.train_tasks[row["task"]] for row in inputs]
-        rank = self.accelerator.process_index
+        rank = self.ranks.own
         self.ledger.issue(self.state.global_step + 1, self.ranks.gather([row["task"] for row in inputs]))
         start = time.perf_counter()
         with self._sampling_model() as sampling_model:
@@ -392,7 +392,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
             scale_rewards=self.scale_rewards,
             seed=_seed(self.args.seed, "shuffle", self._step),
             gather=gather,
-            rank=self.accelerator.process_index,
+            rank=self.ranks.own,
             max_failed_share=self.parts.rollout.max_failed_share,
         )
         if self.mask_truncated_completions:
@@ -526,10 +526,10 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         wanted = {item["episode"] for item in assessment.record["disagreements"]} if count else set()
         shown, others = episodes[:count], [episode for episode in episodes[count:] if episode.id in wanted]
         if self.ranks.count > 1:  # the widest disagreements can be on any rank
-            mine = {episode.id for episode in shown} if self.accelerator.is_main_process else set()
+            mine = {episode.id for episode in shown} if self.ranks.main else set()
             found = self.ranks.gather([episode for episode in episodes if episode.id in wanted - mine])
             others = [episode for episode in found if episode.id not in {own.id for own in shown}]
-        if self.accelerator.is_main_process:
+        if self.ranks.main:
             run.log_episodes(step, "train", [*shown, *others])
             run.log_rewards(step, assessment.record)
 
@@ -561,7 +561,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
             result = evaluate_agent(self.parts.agent, self.parts.eval_tasks, self.policy, options, share=share)
         self.model.train(was_training)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in result.metrics.items()}
-        if self.parts.run is not None and self.accelerator.is_main_process:
+        if self.parts.run is not None and self.ranks.main:
             result.log(self.parts.run, self.state.global_step)
         self.last_evaluation = (self.state.global_step, result.metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -605,16 +605,16 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # the others are deleted below
         try:
             with saving(folder, remove=True):
-                if self.accelerator.is_main_process:
+                if self.ranks.main:
                     begin(folder)
                 self.accelerator.wait_for_everyone()
-                torch.save(state, folder / f"{self.accelerator.process_index}_{_BUFFER_FILE}")
-                if self.accelerator.is_main_process:
+                torch.save(state, folder / f"{self.ranks.own}_{_BUFFER_FILE}")
+                if self.ranks.main:
                     self.learners.save(folder)
                 self.accelerator.wait_for_everyone()
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
-                if self.accelerator.is_main_process:
+                if self.ranks.main:
                     seal(folder)
         finally:
             self.args.save_total_limit = limit
@@ -629,7 +629,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         if checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        path = Path(checkpoint) / f"{self.accelerator.process_index}_{_BUFFER_FILE}"
+        path = Path(checkpoint) / f"{self.ranks.own}_{_BUFFER_FILE}"
         if not path.is_file():
             raise EngineError(f"{checkpoint}: not a checkpoint of this trainer", f"{path.name} is missing")
         with self._reading(checkpoint), torch.serialization.safe_globals(_NUMPY):

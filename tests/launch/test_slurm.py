@@ -194,8 +194,6 @@ def test_two_nodes_train_are_told_to_stop_are_queued_again_and_go_on(tmp_path: P
     assert saved
 
     again = subprocess.run(job, cwd=tmp_path, env=cluster, capture_output=True, text=True, timeout=300, check=False)
-    if "(tagged with cpu:0)" in again.stdout + again.stderr:
-        pytest.xfail("several CPU processes write tensors of cpu:0 into a checkpoint, which torch cannot read")
     assert again.returncode == 0, again.stdout[-2000:] + again.stderr[-2000:]
     assert "resuming from out/checkpoints/checkpoint-" in again.stdout
     summary = json.loads((tmp_path / "out/summary.json").read_text())

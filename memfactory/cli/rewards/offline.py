@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from memfactory.cli.options import Overrides, RecipeName
 from memfactory.cli.recipes import find_recipe
 from memfactory.cli.rewards.samples import load_samples
 
@@ -18,10 +19,8 @@ if TYPE_CHECKING:
 
 
 def lint(
-    recipe: Annotated[str, typer.Argument(help="Recipe file, or a name such as memagent/quickstart.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value ...]", help="Entries to change.")
-    ] = None,
+    recipe: RecipeName,
+    overrides: Overrides = None,
     episode: Annotated[
         Path | None,
         typer.Option("--episode", help="File of episodes, or a run folder. Absent: the shipped sample."),
