@@ -36,8 +36,8 @@ from memfactory.policy.vllm_needs import BASE
 from memfactory.policy.vllm_policy import LOOP, VLLMPolicy
 from memfactory.policy.vllm_server import VLLMServer
 from memfactory.recipe import ModelSection, Recipe
-from memfactory.train.adapter_sync import AdapterSync
 from memfactory.train.serving import served
+from memfactory.train.weight_sync import AdapterSync
 
 TARGETS = {
     "tokens per second, over the raw request's": (0.85, "at least"),

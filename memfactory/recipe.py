@@ -254,8 +254,9 @@ class RerollSection(_Section):
 class VLLMSection(_Section):
     """vLLM servers that sample for the trainer (`rollout.engine: vllm`).
 
-    They serve the base model; after every update the adapter is written to a folder they can read, and loaded by them
-    under a name of its own. `memfactory serve-rollouts RECIPE` starts one with the flags it needs.
+    After every update the adapter, or all weights where the recipe has no `model.lora`, is written to a folder they
+    can read, and loaded by them: an adapter under a name of its own, weights in the place of the old ones.
+    `memfactory serve-rollouts RECIPE` starts one with the flags it needs.
     """
 
     base_urls: list[str] = Field(default=["http://localhost:8000"], min_length=1)
@@ -276,14 +277,15 @@ class VLLMSection(_Section):
     """Largest mean difference between log-probs of trainer and server on one prompt, in nats. More means that they do
     not hold the same weights: in float32 they differ by some 1e-6, in bfloat16 by some 1e-2."""
     adapters: str | None = None
-    """Folder of the adapters, readable under this path by every server. Absent: `adapters` in the run folder."""
+    """Folder of what is sent, adapters or weights, readable under this path by every server; in memory (`/dev/shm`)
+    where servers are on the trainer's machine and all weights are sent. Absent: `adapters` in the run folder."""
 
 
 class RolloutSection(_Section):
     """How and where turns are sampled, and limits of training micro-batches: speed and memory, not results."""
 
     engine: Literal["transformers", "vllm"] = "transformers"
-    """`transformers`: in this process. `vllm`: on servers, see `vllm`; needs `model.lora`."""
+    """`transformers`: in this process. `vllm`: on servers, see `vllm`."""
     vllm: VLLMSection = VLLMSection()
     generate_token_budget: int = Field(default=65536, ge=1)
     """Most key-value cache positions (sequences x longest sequence) in one generation batch."""

@@ -73,8 +73,9 @@ def arguments(recipe: Recipe, folder: Path, options: ServerOptions, *, gpu: bool
     flags = ["--model", base_model(recipe, folder), "--served-model-name", BASE]
     flags += ["--host", options.host, "--port", str(port_of(recipe, options))]
     flags += ["--dtype", "bfloat16" if recipe.train.get("bf16") and gpu else recipe.model.dtype]
-    flags += ["--enable-lora", "--max-lora-rank", str(lora_rank(recipe))]
-    flags += ["--max-loras", "2", "--max-cpu-loras", str(ADAPTERS_IN_MEMORY)]
+    if recipe.model.lora is not None:
+        flags += ["--enable-lora", "--max-lora-rank", str(lora_rank(recipe))]
+        flags += ["--max-loras", "2", "--max-cpu-loras", str(ADAPTERS_IN_MEMORY)]
     # log-probs of the distribution that is drawn from, and no defaults of the model's own
     flags += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
     flags += ["--enable-prefix-caching"]
@@ -97,7 +98,7 @@ def arguments(recipe: Recipe, folder: Path, options: ServerOptions, *, gpu: bool
 
 
 def environment(environ: Mapping[str, str], *, gpu: bool) -> dict[str, str]:
-    """The server's environment: loading adapters while it runs, and the endpoints to look at it, allowed."""
+    """The server's environment: loading adapters and weights while it runs, and looking at it, allowed."""
     wanted = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if not gpu:
         wanted["VLLM_CPU_KVCACHE_SPACE"] = "2"

@@ -72,6 +72,14 @@ class TrainedPolicy(Policy, Protocol):
         """Begin the draws anew from `seed`."""
         ...
 
+    def confirm(self) -> None:
+        """After turns were sampled, and before anything is made of them.
+
+        Raises:
+            EngineError: some may have been sampled from other weights than those of the last `use`.
+        """
+        ...
+
     def close(self) -> None: ...
 
     def metrics(self) -> dict[str, float]:

@@ -67,6 +67,9 @@ class RoutedPolicy:
     def elsewhere(self) -> bool:
         return self.trained.elsewhere
 
+    def confirm(self) -> None:
+        self.trained.confirm()
+
     def metrics(self) -> dict[str, float]:
         return self.trained.metrics()
 

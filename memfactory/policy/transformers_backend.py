@@ -143,6 +143,9 @@ class TransformersPolicy:
         self.model = model
         self.version = self.version if version is None else version
 
+    def confirm(self) -> None:
+        """Turns come from the model that `use` gave, and no other."""
+
     def close(self) -> None:
         """Nothing stays open."""
 

@@ -13,6 +13,8 @@ TESTED = (Version("0.26"), Version("0.32"))
 """vLLM from here up to, not including, there: those whose interfaces we rely on. 0.31.0 is the one in our tests."""
 BASE = "base"
 """The name under which servers serve the base model (`--served-model-name`)."""
+SERVED = "served"
+"""Folder in the run folder with what servers load first, where they are sent all weights."""
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM takes for ``--max-lora-rank``."""
 
@@ -22,9 +24,11 @@ def unfit(recipe: Recipe) -> list[MemFactoryError]:
     errors: list[MemFactoryError] = []
     if recipe.rollout.engine != "vllm":
         return errors
-    if recipe.model.lora is None:
-        why = "what is sent to the servers after an update is an adapter, and the recipe trains all weights"
-        errors.append(RecipeError("rollout.engine: vllm without model.lora", why, "add `lora: {r: 16}` to `model:`"))
+    before = [name for name, section in recipe.modules.items() if section.policy == "initial"]
+    if recipe.model.lora is None and before:
+        why = "all weights are trained, so the servers have those from before training no more"
+        fix = "add `lora: {r: 16}` to `model:`, or name the model under `policies:`"
+        errors.append(RecipeError(f"modules.{before[0]}.policy: initial with rollout.engine vllm", why, fix))
     for name, neutral in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0), ("repetition_penalty", 1.0)):
         if recipe.train.get(name) not in (None, neutral):
             why = "vLLM's log-probs are then those of the cut distribution, and the trainer's are not"
@@ -35,8 +39,13 @@ def unfit(recipe: Recipe) -> list[MemFactoryError]:
 
 
 def base_model(recipe: Recipe, folder: Path) -> str:
-    """What the servers must load: the recipe's model, or what the trainer saved as the start of the run `folder`."""
+    """What the servers must load: the recipe's model, or what the trainer saved as the start of the run `folder`.
+
+    Where all weights are sent, servers begin with a copy that can be loaded again (`weight_sync.save_untied`).
+    """
     model = recipe.model
+    if model.lora is None:
+        return str((folder / SERVED).resolve())
     plain = model.name is not None and model.gguf_file is None and not model.name.startswith("package:")
     if plain and recipe.warmup is None:
         assert model.name is not None

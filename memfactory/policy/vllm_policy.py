@@ -1,4 +1,4 @@
-"""The vLLM backend: turns come from servers that hold the trained weights as an adapter."""
+"""The vLLM backend: turns come from servers that hold the trained weights."""
 
 from __future__ import annotations
 
@@ -105,6 +105,10 @@ class VLLMPolicy:
         own = VLLMPolicy(self.pool, self.tokenizer, sampling, self.eos_ids, self.template_options, base)
         own.max_positions = self.max_positions
         return own
+
+    def confirm(self) -> None:
+        """See :meth:`memfactory.policy.base.TrainedPolicy.confirm`."""
+        LOOP.start(self.pool.confirm()).result()
 
     def metrics(self) -> dict[str, float]:
         """What happened at the servers since the last call. Safe from any thread."""

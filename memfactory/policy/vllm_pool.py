@@ -1,6 +1,6 @@
 """Several vLLM servers as one: requests are spread, a server that fails is taken out, mended and put back.
 
-No server answers for a turn before it holds the adapter of now and has shown so: it scores a prompt whose log-probs
+No server answers for a turn before it holds the weights of now and has shown so: it scores a prompt whose log-probs
 the trainer knows (the canary). That holds after every update, and for a server that comes back in the middle of one.
 
 Everything here runs in one event loop, :data:`memfactory.policy.vllm_policy.LOOP`, so nothing needs a lock.
@@ -18,6 +18,7 @@ from time import monotonic
 
 from memfactory.endpoints.failures import Failure, RequestFailed
 from memfactory.errors import EngineError
+from memfactory.policy.base import Sampling
 from memfactory.policy.vllm_needs import BASE
 from memfactory.policy.vllm_server import Draw, Sampled, VLLMServer
 
@@ -32,6 +33,17 @@ PREFIX = 128
 
 
 @dataclass(frozen=True, slots=True)
+class NextToken:
+    """What follows a prompt that is long enough to be cached; known for every token, because one of them is drawn."""
+
+    ids: list[int]
+    expected: Sequence[float]
+    """(V,) log-probs by the trainer's weights of now."""
+    before: Sequence[float] | None
+    """The same before the last update."""
+
+
+@dataclass(frozen=True, slots=True)
 class Canary:
     """A prompt whose log-probs are known."""
 
@@ -42,43 +54,60 @@ class Canary:
     """The same by its weights before the last update; None where there was none."""
     tolerance: float
     """Largest mean difference, in nats."""
+    following: NextToken | None = None
+    """Drawn too, where a server keeps the name of its weights when they change: scores of prompts never come from the
+    prefix cache, draws do."""
 
     def check(self, found: Sequence[float], where: str) -> float:
-        """Mean difference between `found` and what is expected, in nats.
+        """Mean difference between the scores `found` and what is expected, in nats.
 
         Raises:
             EngineError: it is beyond the tolerance, or `found` is what the weights *before* the update say.
         """
-        now = fmean(abs(a - b) for a, b in zip(found, self.expected, strict=True))
+        return self._compare(found, self.expected, self.before, where)
+
+    def check_drawn(self, token: int, logprob: float, where: str) -> float:
+        """The same for the token that was drawn after `following`."""
+        assert self.following is not None
+        known = self.following
+        before = None if known.before is None else [known.before[token]]
+        return self._compare([logprob], [known.expected[token]], before, f"the prefix cache of {where}")
+
+    def _compare(
+        self, found: Sequence[float], expected: Sequence[float], before: Sequence[float] | None, where: str
+    ) -> float:
+        now = fmean(abs(a - b) for a, b in zip(found, expected, strict=True))
         what = f"{where} does not sample from the weights that are trained"
         if not now <= self.tolerance:
             raise EngineError(
                 what,
                 f"on one prompt its log-probs differ by {now:.3g} on average, rollout.vllm.canary_tolerance is "
-                f"{self.tolerance:g} (mean {fmean(found):.4f} there, {fmean(self.expected):.4f} here)",
+                f"{self.tolerance:g} (mean {fmean(found):.4f} there, {fmean(expected):.4f} here)",
                 "serve the recipe's own base model in its dtype (memfactory serve-rollouts); with bfloat16 on one "
                 "side only, raise the tolerance",
             )
-        if self.before is not None:
+        if before is not None:
             # An update moves little: less than the tolerance. Weights that are one update old are told by being
             # nearer to the old numbers than to the new; where rounding is larger than the update, neither is near.
-            old = fmean(abs(a - b) for a, b in zip(found, self.before, strict=True))
-            moved = fmean(abs(a - b) for a, b in zip(self.expected, self.before, strict=True))
+            old = fmean(abs(a - b) for a, b in zip(found, before, strict=True))
+            moved = fmean(abs(a - b) for a, b in zip(expected, before, strict=True))
             if old < now / 4 and now > moved / 2:
                 raise EngineError(
                     what,
                     f"its log-probs differ by {now:.3g} from those of now, by {old:.3g} from those before the update",
-                    "the adapter it loaded is an old one: check that every server sees rollout.vllm.adapters",
+                    "what it loaded is an update old: check that every server sees rollout.vllm.adapters",
                 )
         return now
 
 
 @dataclass(frozen=True, slots=True)
-class Adapter:
+class Weights:
     """A version of the trained weights."""
 
     name: str
     path: str
+    whole: bool = False
+    """They take the place of the base model's; else they are an adapter beside it, asked for by its name."""
 
 
 @dataclass(slots=True)
@@ -97,14 +126,14 @@ class ServerPool:
 
     Args:
         servers: at least one.
-        family: beginning of the names of all adapters of this run; others are left alone.
+        family: beginning of the names of all adapters of this run; others' are left alone.
         outage: seconds without any server before a call fails.
     """
 
     servers: Sequence[VLLMServer]
     family: str
     outage: float
-    adapter: Adapter | None = None
+    weights: Weights | None = None
     """What is sampled from; None: the base model."""
     canary: Canary | None = None
     difference: float = 0.0
@@ -129,7 +158,7 @@ class ServerPool:
         """
         while True:
             place = await self._free(draw.prompt_ids)
-            model = BASE if base or self.adapter is None else self.adapter.name
+            model = BASE if base else self._model
             place.under_way += 1
             try:
                 return await place.server.sample(draw, model=model)
@@ -143,8 +172,13 @@ class ServerPool:
             finally:
                 place.under_way -= 1
 
-    async def publish(self, adapter: Adapter | None, canary: Canary | None) -> float:
-        """Make every server sample from `adapter` from now on; no turn is sampled meanwhile by the caller.
+    @property
+    def _model(self) -> str:
+        """The name under which servers have the weights of now."""
+        return BASE if self.weights is None or self.weights.whole else self.weights.name
+
+    async def publish(self, weights: Weights | None, canary: Canary | None) -> float:
+        """Make every server sample from `weights` from now on; no turn is sampled meanwhile by the caller.
 
         Returns:
             largest difference of the canary over the servers, in nats.
@@ -152,10 +186,35 @@ class ServerPool:
         Raises:
             EngineError: a server cannot take it or shows other weights; or none was there for `outage` seconds.
         """
-        self.adapter, self.canary, self.difference = adapter, canary, 0.0
+        self.weights, self.canary, self.difference = weights, canary, 0.0
         await asyncio.gather(*(self._renew(place) for place in self._places if place.up))
         await self._free(())
         return self.difference
+
+    async def confirm(self) -> None:
+        """See that the servers that are up still hold the weights of now.
+
+        A server that was started anew has forgotten an adapter, and says so; but it answers to the base model's name,
+        which is all there is to ask for where whole weights are sent.
+
+        Raises:
+            EngineError: one holds others, so turns it has sampled may be of those.
+        """
+        weights = self.weights
+        if weights is None or not weights.whole:
+            return
+        for place in [place for place in self._places if place.up]:
+            try:
+                found = await place.server.weight_version()
+            except RequestFailed as failed:
+                self._take_out(place, failed.why)
+                continue
+            if found != weights.name:
+                raise EngineError(
+                    f"the vLLM server at {place.server.url} was started anew in the middle of a batch",
+                    f"it holds the weights '{found}' and not '{weights.name}', so turns of this batch may be of those",
+                    "nothing was trained on them: the same command goes on from the newest checkpoint",
+                )
 
     async def aclose(self) -> None:
         """Have the servers forget this run's adapters, and close the connections."""
@@ -210,7 +269,7 @@ class ServerPool:
         """Wait until the server is there again, give it the weights of now, and put it back."""
         while True:
             if await place.server.healthy():
-                adapter = self.adapter
+                weights = self.weights
                 try:
                     await self._ready(place.server)
                 except RequestFailed as failed:
@@ -220,7 +279,7 @@ class ServerPool:
                     self._change.set()
                     return
                 else:
-                    if adapter == self.adapter:  # else there was an update meanwhile: once more
+                    if weights == self.weights:  # else there was an update meanwhile: once more
                         place.up = True
                         self._change.set()
                         return
@@ -239,18 +298,26 @@ class ServerPool:
 
         Raises:
             RequestFailed: it does not answer.
-            EngineError: it cannot take the adapter, or shows other weights.
+            EngineError: it cannot take them, or shows other weights.
         """
-        adapter, canary = self.adapter, self.canary
-        await self._forget(server, adapter)
-        held = {model["id"] for model in await server.models()}
-        if adapter is not None and adapter.name not in held:
-            await server.load(adapter.name, adapter.path)
+        weights, canary = self.weights, self.canary
+        await self._forget(server, weights)
+        if weights is None:
+            pass
+        elif weights.whole:
+            if await server.weight_version() != weights.name:
+                await server.reload(weights.name, weights.path)
+        elif weights.name not in {model["id"] for model in await server.models()}:
+            await server.load(weights.name, weights.path)
         if canary is not None:
-            found = await server.score(canary.ids, model=adapter.name if adapter is not None else BASE)
+            found = await server.score(canary.ids, model=self._model)
             self.difference = max(self.difference, canary.check(found, f"the vLLM server at {server.url}"))
+        if canary is not None and canary.following is not None:
+            ask = Draw(canary.following.ids, Sampling(), max_tokens=1, stop=(), seed=1)
+            drawn = await server.sample(ask, model=self._model)
+            canary.check_drawn(drawn.ids[0], drawn.logprobs[0], f"the vLLM server at {server.url}")
 
-    async def _forget(self, server: VLLMServer, kept: Adapter | None) -> None:
+    async def _forget(self, server: VLLMServer, kept: Weights | None) -> None:
         """Unload what this run, or an earlier life of it, has left there; a server has few places for adapters."""
         for model in await server.models():
             if model["id"].startswith(self.family) and (kept is None or model["id"] != kept.name):

@@ -22,6 +22,11 @@ from memfactory.recipe import VLLMSection
 QUICK = 30.0
 """Seconds for an answer that needs no generation: health, names, loading of an adapter."""
 
+LONG = 600.0
+"""Seconds for loading all weights of a model."""
+
+_SHARED = "the server must see the trainer's folder under the same path: set rollout.vllm.adapters to a shared one"
+
 FIXES = Fixes(
     {
         Failure.RATE_LIMIT: "lower rollout.vllm.concurrency",
@@ -183,6 +188,56 @@ class VLLMServer:
             if failed.kind is not Failure.REFUSED:
                 raise
 
+    # ---- whole weights -----------------------------------------------------------------------
+
+    async def weight_version(self) -> str:
+        """The name of the weights it was given last; `default` where it has those it was started with.
+
+        Raises:
+            EngineError: it was started without ``VLLM_SERVER_DEV_MODE=1``, or is too old.
+            RequestFailed: it does not answer.
+        """
+        try:
+            return str((await self._quick("GET", "/weight_info")).json()["weight_version"])
+        except RequestFailed as failed:
+            if failed.status != 404:
+                raise
+            raise EngineError(
+                f"the server at {self.url} takes no other weights than those it was started with",
+                failed.why,
+                "start it with VLLM_SERVER_DEV_MODE=1, as memfactory serve-rollouts does, or train an adapter "
+                "(model.lora)",
+            ) from failed
+
+    async def reload(self, name: str, path: str) -> None:
+        """Put the weights in the folder `path`, as the server sees it, in the place of those it has.
+
+        Requests that are under way are finished first, and nothing that was cached is used again.
+
+        Args:
+            name: what :meth:`weight_version` says from then on.
+
+        Raises:
+            EngineError: the server cannot take them.
+            RequestFailed: it does not answer.
+        """
+        wanted = {"method": "reload_weights", "kwargs": {"weights_path": path}}
+        await self._quick("POST", "/pause?mode=wait", {}, LONG)
+        try:
+            await self._quick("POST", "/collective_rpc", wanted, LONG)
+            reset = (await self._quick("POST", "/reset_prefix_cache", {})).json()
+            if not reset["success"]:
+                why = f"{self.url}: its prefix cache is still in use, and would answer from the weights before"
+                raise RequestFailed(Failure.SERVER, why)
+            await self._quick("POST", "/update_weight_version", {"new_version": name})
+        except RequestFailed as failed:
+            if failed.kind not in (Failure.REFUSED, Failure.SERVER):
+                raise
+            what = f"the server at {self.url} did not load the weights {name}"
+            raise EngineError(what, failed.why, _SHARED) from failed
+        finally:
+            await self._quick("POST", "/resume", {})
+
     # ---- the server itself -------------------------------------------------------------------
 
     async def healthy(self) -> bool:
@@ -289,7 +344,5 @@ def _flag(failed: RequestFailed) -> str:
     if "rank" in failed.why:
         return "start it with --max-lora-rank of at least model.lora.r, as memfactory serve-rollouts does"
     if "No adapter found" in failed.why or "adapter_config" in failed.why or failed.status == 404:
-        return (
-            "the server must see the trainer's folder under the same path: set rollout.vllm.adapters to a shared one"
-        )
+        return _SHARED
     return "see the server's log"

@@ -18,7 +18,7 @@ from memfactory.evaluate.run import evaluate_agent
 from memfactory.policy.models import load_checkpoint, load_tokenizer, lora_config
 from memfactory.policy.routing import RoutedPolicy
 from memfactory.policy.transformers_backend import TransformersPolicy
-from memfactory.policy.vllm_needs import base_model
+from memfactory.policy.vllm_needs import SERVED, base_model
 from memfactory.recipe import Recipe
 from memfactory.runs import RunFolder
 from memfactory.train.callbacks import RunLog, describe, progress_bar
@@ -187,10 +187,13 @@ def _trainer(
 ) -> EpisodeGRPOTrainer:
     recipe = prepared.recipe
     initial, ranks = run.path / "initial", Ranks()
-    made_here = recipe.rollout.engine == "vllm" and base_model(recipe, run.path) == str(initial.resolve())
+    serving = recipe.rollout.engine == "vllm"
     with ranks.together():
-        if made_here and ranks.main and not initial.is_dir():
-            save_whole(model, tokenizer, initial)  # what the servers wait for
+        if serving and ranks.main:  # what the servers wait for
+            if base_model(recipe, run.path) == str(initial.resolve()) and not initial.is_dir():
+                save_whole(model, tokenizer, initial)
+            if recipe.model.lora is None and not (run.path / SERVED).is_dir():
+                save_whole(model, tokenizer, run.path / SERVED, untied=True)
     if (config.beta != 0 or needs_initial(recipe)) and recipe.model.lora is None:
         with ranks.together():
             if ranks.main and not initial.is_dir():
@@ -229,6 +232,7 @@ def _evaluate(prepared: Prepared, trainer: EpisodeGRPOTrainer, run: RunFolder, c
         trainer.policy.use(plain, trainer.state.global_step)
         options, share = prepared.eval_options, trainer.ranks.sharing
         result = evaluate_agent(prepared.agent, prepared.eval_tasks, trainer.policy, options, progress, share)
+        trainer.policy.confirm()
     if trainer.ranks.main:
         result.log(run, trainer.state.global_step)
     for example in result.faults.examples:

@@ -20,7 +20,7 @@ from memfactory.policy.vllm_policy import LOOP, VLLMPolicy
 from memfactory.policy.vllm_pool import ServerPool
 from memfactory.policy.vllm_server import VLLMServer
 from memfactory.recipe import Recipe
-from memfactory.train.adapter_sync import AdapterSync
+from memfactory.train.weight_sync import AdapterSync, FullWeightSync
 
 
 def served(recipe: Recipe, trained: TransformersPolicy, folder: Path) -> VLLMPolicy:
@@ -40,7 +40,8 @@ def served(recipe: Recipe, trained: TransformersPolicy, folder: Path) -> VLLMPol
     digest = sha256(str(folder.resolve()).encode()).hexdigest()[:8]
     family = f"memfactory-{re.sub('[^a-z0-9]+', '-', recipe.name.lower())}-{digest}-"
     pool = ServerPool(servers, family, section.outage)
-    sync = AdapterSync(
+    kind = FullWeightSync if recipe.model.lora is None else AdapterSync
+    sync = kind(
         pool,
         Path(section.adapters) / family.rstrip("-") if section.adapters else folder / "adapters",
         trained.tokenizer,
@@ -103,15 +104,17 @@ async def _check(server: VLLMServer, recipe: Recipe, folder: Path) -> int | None
 
 async def _check_flags(server: VLLMServer, recipe: Recipe) -> None:
     """What can be told only where the server is in its development mode, as serve-rollouts starts it."""
+    if recipe.model.lora is None:
+        await server.weight_version()  # whether it takes others at all
     info = await server.info()
     if info is None:
         return
     flags: list[str] = []
     found = _flat(info)
     rank = found.get("lora_config.max_lora_rank")
-    if rank is None:
+    if recipe.model.lora is not None and rank is None:
         flags.append("--enable-lora")
-    if rank is None or int(rank) < lora_rank(recipe):
+    if recipe.model.lora is not None and (rank is None or int(rank) < lora_rank(recipe)):
         flags.append(f"--max-lora-rank {lora_rank(recipe)}")
     mode = found.get("model_config.logprobs_mode")
     if mode is not None and "processed_logprobs" not in str(mode).lower():

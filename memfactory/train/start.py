@@ -67,12 +67,24 @@ def starting_model(
     return model
 
 
-def save_whole(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save whole or not at all: a killed run must not leave half a starting point."""
+def save_whole(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, untied: bool = False
+) -> None:
+    """Save whole or not at all: a killed run must not leave half a starting point.
+
+    Args:
+        untied: for servers that are sent all weights later, see :func:`memfactory.train.weight_sync.save_untied`.
+    """
     temporary = folder.with_name(folder.name + ".part")
     shutil.rmtree(temporary, ignore_errors=True)
     with saving(temporary, remove=True):
-        model.save_pretrained(temporary)
+        if untied:
+            from memfactory.train.weight_sync import save_untied  # its libraries are an extra
+
+            temporary.mkdir()
+            save_untied(model, model.state_dict(), temporary)
+        else:
+            model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         shutil.rmtree(folder, ignore_errors=True)  # of a run that got no further than to save it
         temporary.rename(folder)

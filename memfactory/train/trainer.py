@@ -325,6 +325,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
             measuring = self.parts.rewards.begin()
             episodes = run_episodes(self.parts.agent, tasks, self.policy, measuring.submit)
             episodes += self._reroll(episodes, seed, measuring)
+            self.policy.confirm()
         model.train()
         self._seconds["generate"] += time.perf_counter() - start
         for number, episode in enumerate(episodes):
@@ -559,6 +560,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
             options = self.parts.eval or EvalOptions(self.parts.rewards)
             share = self.ranks.sharing
             result = evaluate_agent(self.parts.agent, self.parts.eval_tasks, self.policy, options, share=share)
+            self.policy.confirm()
         self.model.train(was_training)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in result.metrics.items()}
         if self.parts.run is not None and self.ranks.main:

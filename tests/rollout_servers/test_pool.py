@@ -22,7 +22,7 @@ from memfactory.errors import EngineError
 from memfactory.policy import vllm_pool
 from memfactory.policy.base import Sampling
 from memfactory.policy.vllm_policy import LOOP
-from memfactory.policy.vllm_pool import Adapter, Canary, ServerPool
+from memfactory.policy.vllm_pool import Canary, ServerPool, Weights
 from memfactory.policy.vllm_server import Draw, Sampled, VLLMServer
 from memfactory.recipe import VLLMSection
 
@@ -47,7 +47,7 @@ def pool_of(*servers: FaultyServer, outage: float = 20.0, **settings: object) ->
 
 
 def publish(pool: ServerPool, name: str, canary: Canary | None = CANARY) -> float:
-    return LOOP.start(pool.publish(Adapter(f"memfactory-test-{name}", f"/adapters/{name}"), canary)).result()
+    return LOOP.start(pool.publish(Weights(f"memfactory-test-{name}", f"/adapters/{name}"), canary)).result()
 
 
 @contextlib.contextmanager

@@ -20,10 +20,10 @@ from memfactory.errors import EngineError
 from memfactory.policy.base import Sampling
 from memfactory.policy.vllm_needs import BASE
 from memfactory.policy.vllm_policy import LOOP
-from memfactory.policy.vllm_pool import Adapter, Canary
+from memfactory.policy.vllm_pool import Canary, Weights
 from memfactory.policy.vllm_server import VLLMServer
-from memfactory.train.adapter_sync import AdapterSync, canary_ids, score
 from memfactory.train.serving import served
+from memfactory.train.weight_sync import AdapterSync, canary_ids, score
 
 pytestmark = pytest.mark.slow
 
@@ -114,7 +114,7 @@ def test_an_adapter_that_is_one_update_old_is_told(serving, tmp_path):
     sync = policy.push
     assert isinstance(sync, AdapterSync)
     policy.use(serving.model(4), 0)
-    old = policy.pool.adapter
+    old = policy.pool.weights
     assert old is not None
     model = serving.model(4)
     for name, weight in model.named_parameters():
@@ -125,7 +125,7 @@ def test_an_adapter_that_is_one_update_old_is_told(serving, tmp_path):
     canary = Canary(ids, now, before, tolerance=0.05)
     shutil.copytree(old.path, tmp_path / "new")
     with pytest.raises(EngineError, match="from those before the update") as caught:
-        LOOP.start(policy.pool.publish(Adapter(f"{policy.pool.family}new", str(tmp_path / "new")), canary)).result()
+        LOOP.start(policy.pool.publish(Weights(f"{policy.pool.family}new", str(tmp_path / "new")), canary)).result()
     assert "rollout.vllm.adapters" in str(caught.value)
     policy.close()
 
@@ -160,7 +160,7 @@ def test_an_adapter_of_too_high_a_rank_names_the_flag(serving):
 
 def test_a_folder_the_server_does_not_see_names_the_setting(serving, tmp_path):
     policy = serving.policy("missing")
-    gone = Adapter(f"{policy.pool.family}gone", str(tmp_path / "not there"))
+    gone = Weights(f"{policy.pool.family}gone", str(tmp_path / "not there"))
     with pytest.raises(EngineError, match=r"rollout\.vllm\.adapters"):
         LOOP.start(policy.pool.publish(gone, None)).result()
     policy.close()
@@ -169,10 +169,10 @@ def test_a_folder_the_server_does_not_see_names_the_setting(serving, tmp_path):
 def test_leftovers_of_an_earlier_life_are_cleared_and_others_left_alone(serving, tmp_path):
     first = serving.policy("killed")
     first.use(serving.model(7), 3)
-    assert first.pool.adapter is not None
+    assert first.pool.weights is not None
     server = VLLMServer(serving.url, serving.recipe().rollout.vllm)
-    LOOP.start(server.load("somebody-elses", first.pool.adapter.path)).result()
-    leftover = first.pool.adapter.name  # the trainer is killed here and unloads nothing
+    LOOP.start(server.load("somebody-elses", first.pool.weights.path)).result()
+    leftover = first.pool.weights.name  # the trainer is killed here and unloads nothing
     second = serving.policy("killed")
     second.use(serving.model(8), 3)
     assert leftover not in held(serving)

@@ -46,6 +46,8 @@ class Serving:
 
     folder: Path
     port: int
+    lora: bool = True
+    """Adapters are sent; else all weights."""
 
     @property
     def url(self) -> str:
@@ -57,7 +59,7 @@ class Serving:
         return Recipe.model_validate(
             {
                 "name": "served",
-                "model": {"name": str(self.folder / "base"), "lora": {"r": 8}},
+                "model": {"name": str(self.folder / "base")} | ({"lora": {"r": 8}} if self.lora else {}),
                 "environment": {"name": "fact_words"},
                 "rewards": [{"name": "answer.exact_match"}],
                 "rollout": {"engine": "vllm", "vllm": vllm},
