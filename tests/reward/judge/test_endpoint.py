@@ -6,6 +6,7 @@ import asyncio
 import socket
 import time
 from email.utils import formatdate
+from typing import Any
 
 import pytest
 from servers import ChatServer, Reply, fields_of
@@ -241,7 +242,15 @@ def test_pauses_are_jittered(make_judge, server, rubric, monkeypatch) -> None:
     """Refused together, back apart: each first repetition comes after a pause of its own, of up to half a second."""
     judge = make_judge()
     monkeypatch.undo()  # the real pauses
-    server.answer = lambda request, number: Reply(status=429 if number < 20 else 200)
+    seen: set[str] = set()
+
+    def refuse_once(request: dict[str, Any], number: int) -> Reply:
+        answer = fields_of(request)["answer"]
+        first = answer not in seen
+        seen.add(answer)
+        return Reply(status=429 if first else 200)
+
+    server.answer = refuse_once
 
     async def run() -> None:
         await asyncio.gather(*(judge.grade(rubric, answer=str(i)) for i in range(20)))
