@@ -27,13 +27,13 @@ from memfactory.agents.running import run_episodes
 from memfactory.environments import build_environment
 from memfactory.environments.base import Split
 from memfactory.episode import Message
-from memfactory.launch.rollout_server import RolloutServer, ServerOptions, arguments, environment, interpreter
 from memfactory.policy.base import Sampling
 from memfactory.policy.models import load_model, load_tokenizer
 from memfactory.policy.rendering import prompt_of
 from memfactory.policy.transformers_backend import TransformersPolicy
 from memfactory.policy.vllm_needs import BASE
 from memfactory.policy.vllm_policy import LOOP, VLLMPolicy
+from memfactory.policy.vllm_process import RolloutServer, ServerOptions, arguments, environment, interpreter
 from memfactory.policy.vllm_server import VLLMServer
 from memfactory.recipe import ModelSection, Recipe
 from memfactory.train.serving import served

@@ -259,12 +259,15 @@ class VLLMSection(_Section):
     `memfactory serve-rollouts RECIPE` starts one with the flags it needs.
     """
 
+    mode: Literal["server", "colocate"] = "server"
+    """`server`: servers that were started, at `base_urls`. `colocate`: every training process starts one of its own
+    beside itself, on its device, and ends it."""
     base_urls: list[str] = Field(default=["http://localhost:8000"], min_length=1)
     """Addresses without a path, e.g. `http://node7:8000`. Requests are spread over all of them."""
     max_model_len: int | None = Field(default=None, ge=1)
     """Longest prompt and completion together, in tokens (`--max-model-len`). Absent: the model's own."""
-    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
-    """Share of a GPU's memory the server takes."""
+    gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
+    """Share of a GPU's memory the server takes. Absent: 0.9, colocated 0.3."""
     concurrency: int = Field(default=256, ge=1)
     """Most requests under way at once at one server."""
     deadline: float = Field(default=600.0, gt=0)

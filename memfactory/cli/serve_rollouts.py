@@ -15,8 +15,6 @@ from rich.console import Console
 
 from memfactory.cli.recipes import find_recipe
 
-SERVER = "vllm.entrypoints.openai.api_server"
-"""Run as a module: the `vllm` command imports much more."""
 POLL = 0.5
 """Seconds between two looks at the server."""
 
@@ -38,7 +36,8 @@ def serve_rollouts(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and start nothing.")] = False,
 ) -> None:
     """Start vLLM with the flags the recipe needs, wait until it answers, and end all of it with Ctrl-C."""
-    from memfactory.launch.rollout_server import (
+    from memfactory.policy.vllm_process import (
+        SERVER,
         RolloutServer,
         ServerOptions,
         check_port,
@@ -47,7 +46,7 @@ def serve_rollouts(
         interpreter,
         port_of,
     )
-    from memfactory.launch.rollout_server import arguments as flags_of
+    from memfactory.policy.vllm_process import arguments as flags_of
     from memfactory.recipe import load_recipe
 
     console = Console()
@@ -59,9 +58,7 @@ def serve_rollouts(
     flags = flags_of(loaded, loaded.run_dir, options, gpu=gpu)
     number = port_of(loaded, options)
     if dry_run:
-        console.print(
-            shlex.join(["python", "-m", "vllm.entrypoints.openai.api_server", *flags]), soft_wrap=True, markup=False
-        )
+        console.print(shlex.join(["python", "-m", SERVER, *flags]), soft_wrap=True, markup=False)
         return
     check_port(host, number)
     command = [interpreter(options), "-m", SERVER, *flags]

@@ -43,6 +43,8 @@ class VLLMPolicy:
     """Sends a model's weights to the servers; None where another policy of the same pool does."""
     max_positions: int | None = None
     """Longest prompt and completion together; None where the server does not say."""
+    stop: Callable[[], None] | None = None
+    """Ends a server that is this process's own."""
     version: int | None = None
     """Optimizer steps behind the weights that are served; None before any were sent."""
     elsewhere: bool = True
@@ -119,6 +121,8 @@ class VLLMPolicy:
         """Have the servers forget the adapters, and close the connections. The one that pushes does it for all."""
         if self.push is not None:
             LOOP.start(self.pool.aclose()).result(timeout=60)
+        if self.stop is not None:
+            self.stop()
 
     def _next_seed(self, prompt_ids: Sequence[int]) -> int:
         prompt = sha256(array("q", prompt_ids).tobytes()).digest()

@@ -154,8 +154,11 @@ class ServerPool:
             base: from the base model and not from the adapter.
 
         Raises:
-            EngineError: no server was there for `outage` seconds, it refuses the request, or holds other weights.
+            EngineError: no server was there for `outage` seconds, it refuses the request, or holds other weights; or
+                none were sent yet.
         """
+        if not base and self.weights is None:
+            raise EngineError("a turn was asked for before any weights were sent", "", "call `use` first")
         while True:
             place = await self._free(draw.prompt_ids)
             model = BASE if base else self._model

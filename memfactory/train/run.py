@@ -223,7 +223,7 @@ def _trainer(
 
 
 def _route(recipe: Recipe, trained: TransformersPolicy, initial: Path, folder: Path) -> RoutedPolicy:
-    with loaded_whole():  # models beside the trained one are not sharded
+    with Ranks().together(), loaded_whole():  # models beside the trained one are not sharded
         return route(recipe, trained, lambda: load_checkpoint(initial, recipe.model), folder)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+import torch
 from packaging.version import InvalidVersion, Version
 
 from memfactory.endpoints.failures import RequestFailed
@@ -18,13 +19,17 @@ from memfactory.policy.transformers_backend import TransformersPolicy
 from memfactory.policy.vllm_needs import BASE, TESTED, base_model, lora_rank
 from memfactory.policy.vllm_policy import LOOP, VLLMPolicy
 from memfactory.policy.vllm_pool import ServerPool
+from memfactory.policy.vllm_process import RolloutServer, colocated
 from memfactory.policy.vllm_server import VLLMServer
 from memfactory.recipe import Recipe
+from memfactory.train.ranks import Ranks
 from memfactory.train.weight_sync import AdapterSync, FullWeightSync
 
 
 def served(recipe: Recipe, trained: TransformersPolicy, folder: Path) -> VLLMPolicy:
     """The servers of `recipe` in place of `trained`, checked; waits for them as long as `rollout.vllm.outage`.
+
+    Where they are colocated, the one of this training process is started here, and ended when the policy is closed.
 
     Args:
         folder: of the run.
@@ -34,12 +39,16 @@ def served(recipe: Recipe, trained: TransformersPolicy, folder: Path) -> VLLMPol
     """
     section = recipe.rollout.vllm
     tally = Tally()
-    servers = [VLLMServer(url, section, tally) for url in section.base_urls]
+    urls, outage, own = section.base_urls, section.outage, None
+    if section.mode == "colocate":
+        own = _started(recipe, folder, trained.model.device)
+        urls, outage = [own.url], 0.0  # nobody starts it again
+    servers = [VLLMServer(url, section, tally) for url in urls]
     limits = [check(server, recipe, folder) for server in servers]
     # of this run, whichever life of it: what an earlier one left at the servers is ours to clear away
     digest = sha256(str(folder.resolve()).encode()).hexdigest()[:8]
     family = f"memfactory-{re.sub('[^a-z0-9]+', '-', recipe.name.lower())}-{digest}-"
-    pool = ServerPool(servers, family, section.outage)
+    pool = ServerPool(servers, family, outage)
     kind = FullWeightSync if recipe.model.lora is None else AdapterSync
     sync = kind(
         pool,
@@ -47,12 +56,26 @@ def served(recipe: Recipe, trained: TransformersPolicy, folder: Path) -> VLLMPol
         trained.tokenizer,
         section.canary_tolerance,
         trained.autocast,
+        everywhere=own is not None,
     )
     policy = VLLMPolicy(
         pool, trained.tokenizer, trained.sampling, trained.eos_ids, trained.template_options, push=sync
     )
+    policy.stop = own.stop if own is not None else None
     policy.max_positions = min((limit for limit in limits if limit), default=None)
     return policy
+
+
+def _started(recipe: Recipe, folder: Path, device: torch.device) -> RolloutServer:
+    """This process's own server, when it answers."""
+    server = colocated(recipe, folder, Ranks().own, device.index or 0 if device.type == "cuda" else None)
+    server.__enter__()
+    try:
+        server.wait_healthy(max(recipe.rollout.vllm.outage, 60.0))
+    except BaseException:
+        server.stop()
+        raise
+    return server
 
 
 def check(server: VLLMServer, recipe: Recipe, folder: Path) -> int | None:

@@ -142,4 +142,6 @@ def load_policy(prepared: Prepared, checkpoint: Path | None) -> RoutedPolicy:
             )
         return load_model(recipe.model, tokenizer, recipe.seed)
 
-    return route(recipe, policy, initial, prepared.recipe.run_dir)
+    routed = route(recipe, policy, initial, prepared.recipe.run_dir)
+    routed.use(model)  # servers have none yet, or those of a run
+    return routed

@@ -85,6 +85,8 @@ class WeightSync(ABC):
     tokenizer: PreTrainedTokenizerBase
     tolerance: float
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+    everywhere: bool = False
+    """Each rank has servers of its own, and sends to them what the first one has written."""
     seconds: float = 0.0
     """Spent in all syncs so far."""
     count: int = 0
@@ -127,6 +129,11 @@ class WeightSync(ABC):
         with ranks.together():
             name = f"{self.pool.family}{self._life}-v{self.count}"
             weights = ranks.first(self._send(model, state, canary, name) if ranks.main else None)
+            if self.everywhere and not ranks.main:
+                LOOP.start(self.pool.publish(weights, canary)).result()
+            ranks.gather([])  # all have it: what is older may go
+            if ranks.main:
+                self._tidy()
         self.pool.weights, self.pool.canary = weights, canary
         self._before = expected
         self._next_before = list(following.expected) if following is not None else None
@@ -150,9 +157,11 @@ class WeightSync(ABC):
             partial.rename(final)
         weights = Weights(name, str(final.resolve()), self.whole)
         LOOP.start(self.pool.publish(weights, canary)).result()
+        return weights
+
+    def _tidy(self) -> None:
         for old in sorted(self.folder.iterdir(), key=lambda place: place.stat().st_mtime)[: -self.kept]:
             shutil.rmtree(old, ignore_errors=True)
-        return weights
 
 
 class AdapterSync(WeightSync):

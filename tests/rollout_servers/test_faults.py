@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from engines import engine_python
 from vllm_serving import START, fresh_logprobs, prompts
 
-from memfactory.launch.rollout_server import RolloutServer
+from memfactory.policy.vllm_process import RolloutServer
 
 ROOT = Path(__file__).parents[2]
 
@@ -122,7 +122,7 @@ TREE = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {WAITS!
 
 
 def test_a_server_that_does_not_end_by_itself_is_killed_with_its_children(tmp_path, monkeypatch):
-    monkeypatch.setattr("memfactory.launch.rollout_server.GRACE", 0.5)
+    monkeypatch.setattr("memfactory.policy.vllm_process.GRACE", 0.5)
     deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + TREE
     with RolloutServer([sys.executable, "-c", deaf], os.environ, "http://127.0.0.1:9") as server:
         assert wait_until(lambda: len(family(server.process)) == 1)
@@ -133,7 +133,7 @@ def test_a_server_that_does_not_end_by_itself_is_killed_with_its_children(tmp_pa
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process that its parent has died")
 def test_a_server_ends_with_the_one_who_started_it(tmp_path):
     starter = (
-        "import os, sys, time\nfrom memfactory.launch.rollout_server import RolloutServer\n"
+        "import os, sys, time\nfrom memfactory.policy.vllm_process import RolloutServer\n"
         f"server = RolloutServer([sys.executable, '-c', {TREE!r}], os.environ, 'http://127.0.0.1:9')\n"
         "server.__enter__(); print(server.process.pid, flush=True); time.sleep(600)"
     )

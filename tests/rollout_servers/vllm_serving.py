@@ -18,12 +18,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # `engines` is shared by fol
 from engines import engine_python
 
 from memfactory.episode import Turn
-from memfactory.launch.rollout_server import RolloutServer, ServerOptions, arguments, environment
 from memfactory.policy.base import Sampling
 from memfactory.policy.models import load_checkpoint
 from memfactory.policy.tiny import tiny_tokenizer
 from memfactory.policy.transformers_backend import TransformersPolicy
 from memfactory.policy.vllm_policy import VLLMPolicy
+from memfactory.policy.vllm_process import RolloutServer, ServerOptions, arguments, environment
 from memfactory.recipe import Recipe, TinyModel
 from memfactory.train.serving import served
 

@@ -1,4 +1,4 @@
-"""`memfactory serve-rollouts`: a vLLM server with exactly the flags a recipe needs, and its whole process group.
+"""A vLLM server as a process: exactly the flags that a recipe needs, and its whole process group.
 
 vLLM may have a Python environment of its own (`--python`, or MEMFACTORY_VLLM_PYTHON): trainer and server speak HTTP
 and may have different versions of everything.
@@ -26,11 +26,14 @@ from memfactory.errors import EngineError, RecipeError
 from memfactory.policy.vllm_needs import BASE, base_model, lora_rank
 from memfactory.recipe import Recipe
 
+SERVER = "vllm.entrypoints.openai.api_server"
+"""Run as a module: the `vllm` command imports much more."""
 GRACE = 15.0
 """Seconds that a server has to end by itself before it is killed."""
 ADAPTERS_IN_MEMORY = 4
 """Adapters a server keeps: the one of now, the one before, and room for a second run beside it."""
 _PR_SET_PDEATHSIG = 1
+_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ def arguments(recipe: Recipe, folder: Path, options: ServerOptions, *, gpu: bool
             "add rollout.engine=vllm, here and to the command that trains",
         )
     section = recipe.rollout.vllm
+    memory = section.gpu_memory_utilization or (0.3 if section.mode == "colocate" else 0.9)
     flags = ["--model", base_model(recipe, folder), "--served-model-name", BASE]
     flags += ["--host", options.host, "--port", str(port_of(recipe, options))]
     flags += ["--dtype", "bfloat16" if recipe.train.get("bf16") and gpu else recipe.model.dtype]
@@ -84,7 +88,7 @@ def arguments(recipe: Recipe, folder: Path, options: ServerOptions, *, gpu: bool
     if recipe.model.trust_remote_code:
         flags += ["--trust-remote-code"]
     if gpu:
-        flags += ["--gpu-memory-utilization", str(section.gpu_memory_utilization)]
+        flags += ["--gpu-memory-utilization", str(memory)]
     else:
         flags += ["--enforce-eager"]  # compiling takes longer on a CPU than it can win back
         # a prompt that is prefilled in pieces and drawn from a seed of its own ends vLLM 0.31's CPU worker
@@ -150,6 +154,32 @@ def check_port(host: str, port: int) -> None:
                 str(error),
                 "stop what uses it, or serve on another: --port N, and rollout.vllm.base_urls for the trainer",
             ) from error
+
+
+def colocated(recipe: Recipe, folder: Path, rank: int, device: int | None) -> RolloutServer:
+    """The server of one training process, not started yet: at a free port, on the same device.
+
+    Args:
+        folder: of the run; the log goes there.
+        rank: of the training process.
+        device: number of its GPU among those it sees; None without one.
+
+    Raises:
+        EngineError: this environment, or the one of MEMFACTORY_VLLM_PYTHON, has no vLLM.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    options = ServerOptions(port=port)
+    command = [interpreter(options), "-m", SERVER, *arguments(recipe, folder, options, gpu=device is not None)]
+    # what torchrun tells the trainer is not meant for the server, which would take part in its process group
+    own = {name: value for name, value in os.environ.items() if name not in _TORCHRUN}
+    environ = environment(own, gpu=device is not None)
+    if device is not None:
+        seen = environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        environ["CUDA_VISIBLE_DEVICES"] = seen[device] if device < len(seen) and seen[device] else str(device)
+    folder.mkdir(parents=True, exist_ok=True)
+    return RolloutServer(command, environ, f"http://127.0.0.1:{port}", folder / f"vllm-rank{rank}.log")
 
 
 class RolloutServer:
