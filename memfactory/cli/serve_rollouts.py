@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from memfactory.cli.recipes import find_recipe
+from memfactory.errors import RecipeError
 
 POLL = 0.5
 """Seconds between two looks at the server."""
@@ -53,6 +54,9 @@ def serve_rollouts(
     overrides = [text for text in arguments or () if "=" in text and not text.startswith("-")]
     extra = [text for text in arguments or () if text not in overrides]
     loaded = load_recipe(find_recipe(recipe), overrides)
+    if loaded.rollout.vllm.mode == "colocate":
+        why = "the training processes start servers of their own"
+        raise RecipeError("rollout.vllm.mode: colocate", why, "rollout.vllm.mode=server, here and for train")
     options = ServerOptions(host, port, tensor_parallel, data_parallel, python, extra)
     gpu = has_gpu()
     flags = flags_of(loaded, loaded.run_dir, options, gpu=gpu)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -22,7 +23,9 @@ from memfactory.policy.vllm_needs import BASE
 from memfactory.policy.vllm_policy import LOOP
 from memfactory.policy.vllm_pool import Canary, Weights
 from memfactory.policy.vllm_server import VLLMServer
+from memfactory.train.prepare import prepare
 from memfactory.train.serving import served
+from memfactory.train.start import load_policy
 from memfactory.train.weight_sync import AdapterSync, canary_ids, score
 
 pytestmark = pytest.mark.slow
@@ -223,4 +226,25 @@ def test_adapters_on_disk_do_not_pile_up(serving):
     left = sorted(place.name for place in folder.iterdir())
     assert len(left) == 2
     assert all(json.loads((folder / name / "adapter_config.json").read_text())["r"] == 8 for name in left)
+    policy.close()
+
+
+# ---- evaluation --------------------------------------------------------------------------------
+
+
+def test_an_evaluation_asks_for_the_weights_of_its_checkpoint(serving, tmp_path):
+    """As `memfactory eval` does; without them the server would answer as the base model."""
+    model = serving.model(9)
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(serving.recipe().dump() | {"output_dir": str(tmp_path)}))
+    routed = load_policy(prepare(tmp_path / "recipe.yaml", splits=()), tmp_path / "model")
+    turns = ask(routed, prompts(3))
+    assert max((torch.tensor(t.logprobs) - fresh_logprobs(model, t)).abs().max() for t in turns) < 1e-4
+    routed.close()
+
+
+def test_nothing_is_sampled_before_weights_were_sent(serving):
+    policy = serving.policy("early")
+    with pytest.raises(EngineError, match="before any weights were sent"):
+        ask(policy, prompts(1))
     policy.close()
