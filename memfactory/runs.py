@@ -97,7 +97,7 @@ class RunFolder:
         Raises:
             RecipeError: it does; the keys that differ are named.
         """
-        differences = _differences(self.read_recipe(), recipe.dump()) if self.recipe_file.exists() else []
+        differences = self.differences(recipe)
         if differences:
             raise RecipeError(
                 f"run folder {self.path}",
@@ -105,6 +105,10 @@ class RunFolder:
                 "go on with the recipe it was started from, or give a new folder with output_dir=..., or use "
                 "--start-over, which sets that run aside",
             )
+
+    def differences(self, recipe: Recipe) -> list[str]:
+        """What of the stored recipe differs from `recipe`, in words; nothing where there is none."""
+        return _differences(self.read_recipe(), recipe.dump()) if self.recipe_file.exists() else []
 
     def set_aside(self) -> Path | None:
         """Rename the folder, if it holds a run, to the first free ``NAME.1``, ``NAME.2``, ...: where it is now.
@@ -524,7 +528,7 @@ def _write_atomically(file: Path, text: str) -> None:
         os.replace(temporary, file)
 
 
-_PLACES = ("output_dir", "rollout.vllm.base_urls", "rollout.vllm.outage")
+_PLACES = ("output_dir", "rollout.vllm.")
 """Keys of a recipe that say where a run works or how long it waits, and nothing about what it computes."""
 
 

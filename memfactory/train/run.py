@@ -92,7 +92,7 @@ def _train(
     if aside is not None:
         console.print(f"the run that was in {run.path} is now {aside}", soft_wrap=True)
     done = ranks.first(run.read_summary())
-    if done.get("stopped") == "finished" and done["recipe_hash"] == recipe.hash():
+    if done.get("stopped") == "finished" and not ranks.first(run.differences(recipe)):
         if ranks.main and not (run.path / "report.html").exists():
             write_report(run.path)  # killed between the two
         console.print(

@@ -113,8 +113,9 @@ def test_overlap_of_train_and_test_is_refused(tmp_path: Path) -> None:
 
 def test_a_signal_before_a_run_has_its_folder_leaves_what_lies_there(tmp_path: Path, monkeypatch) -> None:
     prepared = prepare(QUICKSTART, [f"output_dir={tmp_path / 'out'}"])
-    folder = RunFolder.open(tmp_path / "out", prepared.recipe, resume=False)
-    folder.write_summary({"stopped": "finished", "recipe_hash": "that of another recipe"})
+    other = prepare(QUICKSTART, [f"output_dir={tmp_path / 'out'}", "seed=5"])
+    folder = RunFolder.open(tmp_path / "out", other.recipe, resume=False)
+    folder.write_summary({"stopped": "finished"})
     before = folder.summary_file.read_bytes()
     monkeypatch.setattr("memfactory.train.run.load_tokenizer", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     summary = train(prepared)
