@@ -21,6 +21,7 @@ import yaml
 from accelerate import Accelerator, DistributedType, PartialState
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback
 
 from memfactory.errors import EngineError, RecipeError, boundary
 
@@ -229,3 +230,13 @@ def check_wrapped(asked: Asked, model: Any, processes: int, args: Any) -> None:
             "accelerate clips at 1.0 where the DeepSpeed configuration does not say, or at what it says",
             "put `gradient_clipping: auto` into the DeepSpeed configuration",
         )
+
+
+class CheckWrapped(TrainerCallback):
+    """Compares the model of `trainer`, as it is wrapped, with what was asked for, before the first step."""
+
+    def __init__(self, trainer: Any, asked: Asked) -> None:
+        self.trainer, self.asked = trainer, asked
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        check_wrapped(self.asked, self.trainer.model_wrapped, self.trainer.ranks.count, self.trainer.args)

@@ -28,7 +28,6 @@ Override                                    Replaces, in trl 1.16.0 ``trainer/gr
 from __future__ import annotations
 
 import hashlib
-import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +40,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch.distributed.fsdp import FSDPModule
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
@@ -59,19 +58,19 @@ from memfactory.policy.models import eos_ids
 from memfactory.policy.routing import RoutedPolicy
 from memfactory.policy.transformers_backend import TransformersPolicy
 from memfactory.recipe import RolloutSection
-from memfactory.reward import statistics
-from memfactory.reward.advantage import GroupState
 from memfactory.reward.measure import Measuring
 from memfactory.reward.system import Assessment, RewardSystem
 from memfactory.runs import RunFolder
-from memfactory.train.distribution import Asked, check_options, check_running, check_wrapped
+from memfactory.train.distribution import Asked, CheckWrapped, check_options, check_running
 from memfactory.train.health import Health
 from memfactory.train.learners import Learners
 from memfactory.train.ledger import Ledger, Played, play
 from memfactory.train.ranks import Ranks
+from memfactory.train.rollout_log import log_episodes, rollout_metrics
 from memfactory.train.rows import Row, build_rows, collate, cut, deal, loss_weights
 from memfactory.train.scoring import CompletionScorer
 from memfactory.train.sharding import placed, unsharded, whole_state_dict
+from memfactory.train.step_clock import StepClock
 
 _BUFFER_FILE = "rollout_buffer.pt"
 # What stateful parts of rewards may keep beside plain data: numpy's arrays and numbers, which a checkpoint is else
@@ -191,8 +190,8 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         """Training steps of the current generation batch that rows enter, by `id` of their episode."""
         self.last_evaluation: tuple[int, dict[str, float]] | None = None
         """Step and metrics of the newest evaluation."""
-        self.add_callback(_StepClock(self))
-        self.add_callback(_CheckWrapped(self, asked))
+        self.add_callback(StepClock(self))
+        self.add_callback(CheckWrapped(self, asked))
 
     # ---- one training step -------------------------------------------------------------------
 
@@ -488,51 +487,14 @@ class EpisodeGRPOTrainer(GRPOTrainer):
     # ---- logging -----------------------------------------------------------------------------
 
     def _log_rollout(self, episodes: list[Episode], assessment: Assessment) -> None:
-        metrics = self._metrics["train"]
-
-        def mean(name: str, values: Sequence[float]) -> None:
-            count = self.ranks.sum(len(values))
-            average = self.ranks.sum(math.fsum(values)) / count if count else float("nan")
-            metrics[name].append(average)
-
-        measured = assessment.rewards[np.isfinite(assessment.rewards)]
-        metrics["reward"].append(float(measured.mean()) if measured.size else float("nan"))
-        metrics["reward_std"].append(float(measured.std(ddof=1)) if measured.size > 1 else 0.0)
-        for name, value in assessment.metrics.items():
-            metrics[name].append(value)
-        turns = [turn for episode in episodes for turn in episode.turns]
-        mean("turns/per_episode", [len(episode.turns) for episode in episodes])
-        mean("stop/length_share", [turn.stop is StopReason.LENGTH for turn in turns])
-        mean("turns/unusable_share", [bool(turn.error) for turn in turns])
-        mean("completions/mean_length", [len(turn.completion_ids) for turn in turns])
-        share = statistics.same_state_share(episodes)
-        mean("groups/same_state_share", [] if share is None else [share])
-        generated = sum(len(turn.completion_ids) for turn in turns)
-        metrics["tokens/generated"].append(self.ranks.sum(generated))
-        metrics["episodes/count"].append(len(assessment.rewards))
-        metrics["episodes/failed"].append(assessment.failed)
-        advantages = assessment.advantages
-        if self.args.num_generations > 1:  # one episode alone is compared with nothing, and nothing is wrong with that
-            metrics["groups/count"].append(len(advantages.states))
-            metrics["groups/dead_share"].append(advantages.dead_share)
-            for state in (GroupState.SOLVED, GroupState.FAILED, GroupState.TIED, GroupState.UNMEASURED):
-                metrics[f"groups/{state}_share"].append(advantages.share(state))
-            metrics["frac_reward_zero_std"].append(advantages.dead_share)
+        measured = rollout_metrics(episodes, assessment, self.ranks, self.args.num_generations)
+        for name, value in measured.items():
+            self._metrics["train"][name].append(value)
         self.totals["episodes"] += len(assessment.rewards)
-        self.totals["generated_tokens"] += int(self.ranks.sum(generated))
-        run, count = self.parts.run, self.parts.rollout.log_episodes
+        self.totals["generated_tokens"] += int(measured["tokens/generated"])
         step = self.state.global_step + 1  # the update these episodes are for
-        if run is None or step % max(int(self.args.logging_steps), 1) != 0:
-            return
-        wanted = {item["episode"] for item in assessment.record["disagreements"]} if count else set()
-        shown, others = episodes[:count], [episode for episode in episodes[count:] if episode.id in wanted]
-        if self.ranks.count > 1:  # the widest disagreements can be on any rank
-            mine = {episode.id for episode in shown} if self.ranks.main else set()
-            found = self.ranks.gather([episode for episode in episodes if episode.id in wanted - mine])
-            others = [episode for episode in found if episode.id not in {own.id for own in shown}]
-        if self.ranks.main:
-            run.log_episodes(step, "train", [*shown, *others])
-            run.log_rewards(step, assessment.record)
+        if self.parts.run is not None and step % max(int(self.args.logging_steps), 1) == 0:
+            log_episodes(self.parts.run, step, episodes, assessment, self.ranks, self.parts.rollout.log_episodes)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training and "loss" in logs and self._computed_tokens[1]:
@@ -667,47 +629,3 @@ def _windows(rows: list[Row], episodes: int, count: int, seed: int) -> list[list
 def _seed(*parts: object) -> int:
     """A 63-bit seed that depends on all `parts`; a resumed run draws the same numbers."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "big") >> 1
-
-
-class _CheckWrapped(TrainerCallback):
-    """Compares the model as it is wrapped for training with what was asked for, before the first step."""
-
-    def __init__(self, trainer: EpisodeGRPOTrainer, asked: Asked) -> None:
-        self.trainer, self.asked = trainer, asked
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        check_wrapped(self.asked, self.trainer.model_wrapped, self.trainer.ranks.count, self.trainer.args)
-
-
-class _StepClock(TrainerCallback):
-    """Splits the wall time of an optimizer step into phases and logs them in seconds; tells ledger and checks too."""
-
-    def __init__(self, trainer: EpisodeGRPOTrainer) -> None:
-        self.trainer = trainer
-        self._optimizer_start = 0.0
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._optimizer_start = time.perf_counter()
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._seconds["optimizer"] += time.perf_counter() - self._optimizer_start
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.health.check_weights(f"the weights at step {state.global_step}")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        trainer.health.check_weights()
-        trainer.ledger.update(state.global_step, last=state.global_step >= state.max_steps)
-        now = time.perf_counter()
-        wall = now - trainer._window_start if trainer._window_start is not None else 0.0
-        seconds = dict(trainer._seconds)
-        seconds["other"] = max(wall - sum(seconds.values()), 0.0)
-        metrics = trainer._metrics["train"]
-        for phase in ("generate", "reward", "optimizer", "other"):
-            metrics[f"time/{phase}"].append(seconds[phase])
-        metrics["time/train"].append(seconds["forward"] + seconds["backward"])
-        for phase, value in seconds.items():
-            trainer.total_seconds[phase] += value
-        trainer._seconds = dict.fromkeys(trainer._seconds, 0.0)
-        trainer._window_start = now

@@ -1,0 +1,72 @@
+"""What a generation batch came to, for the log: numbers over the episodes of all ranks, and some episodes whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from memfactory.episode import Episode, StopReason
+from memfactory.reward import statistics
+from memfactory.reward.advantage import GroupState
+from memfactory.reward.system import Assessment
+from memfactory.runs import RunFolder
+from memfactory.train.ranks import Ranks
+
+
+def rollout_metrics(
+    episodes: Sequence[Episode], assessment: Assessment, ranks: Ranks, generations: int
+) -> dict[str, float]:
+    """Numbers over all ranks, by name; every rank must call it.
+
+    Args:
+        episodes: of this rank.
+        assessment: of the episodes of all ranks.
+        generations: episodes in one group.
+    """
+
+    def mean(values: Sequence[float]) -> float:
+        count = ranks.sum(len(values))
+        return ranks.sum(math.fsum(values)) / count if count else float("nan")
+
+    rewards = assessment.rewards[np.isfinite(assessment.rewards)]
+    turns = [turn for episode in episodes for turn in episode.turns]
+    share = statistics.same_state_share(list(episodes))
+    metrics: dict[str, float] = {
+        "reward": float(rewards.mean()) if rewards.size else float("nan"),
+        "reward_std": float(rewards.std(ddof=1)) if rewards.size > 1 else 0.0,
+        **assessment.metrics,
+        "turns/per_episode": mean([len(episode.turns) for episode in episodes]),
+        "stop/length_share": mean([turn.stop is StopReason.LENGTH for turn in turns]),
+        "turns/unusable_share": mean([bool(turn.error) for turn in turns]),
+        "completions/mean_length": mean([len(turn.completion_ids) for turn in turns]),
+        "groups/same_state_share": mean([] if share is None else [share]),
+        "tokens/generated": ranks.sum(sum(len(turn.completion_ids) for turn in turns)),
+        "episodes/count": len(assessment.rewards),
+        "episodes/failed": assessment.failed,
+    }
+    advantages = assessment.advantages
+    if generations > 1:  # one episode alone is compared with nothing, and nothing is wrong with that
+        metrics["groups/count"] = len(advantages.states)
+        metrics["groups/dead_share"] = advantages.dead_share
+        for state in (GroupState.SOLVED, GroupState.FAILED, GroupState.TIED, GroupState.UNMEASURED):
+            metrics[f"groups/{state}_share"] = advantages.share(state)
+        metrics["frac_reward_zero_std"] = advantages.dead_share
+    return metrics
+
+
+def log_episodes(
+    run: RunFolder, step: int, episodes: Sequence[Episode], assessment: Assessment, ranks: Ranks, count: int
+) -> None:
+    """Write the first `count` episodes to the run folder, those on which judges and rules disagree most, and what
+    each reward dimension did. Every rank must call it; the first one writes."""
+    wanted = {item["episode"] for item in assessment.record["disagreements"]} if count else set()
+    shown, others = episodes[:count], [episode for episode in episodes[count:] if episode.id in wanted]
+    if ranks.count > 1:  # the widest disagreements can be on any rank
+        mine = {episode.id for episode in shown} if ranks.main else set()
+        found = ranks.gather([episode for episode in episodes if episode.id in wanted - mine])
+        others = [episode for episode in found if episode.id not in {own.id for own in shown}]
+    if ranks.main:
+        run.log_episodes(step, "train", [*shown, *others])
+        run.log_rewards(step, assessment.record)
