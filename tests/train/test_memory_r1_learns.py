@@ -18,7 +18,7 @@ def train(tmp_path: Path, recipe: str, *overrides: str) -> dict[str, Any]:
     subprocess.run(
         [
             *(sys.executable, "-m", "memfactory.cli.main", "train", recipe, f"output_dir={run}", "seed=7"),
-            *("train.eval_strategy=no", "environment.test_tasks=192", *overrides),
+            *("train.eval_strategy=no", "environment.test_tasks=96", *overrides),
         ],
         check=True,
         env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
