@@ -21,6 +21,8 @@ from memfactory.recipe import VLLMSection
 
 QUICK = 30.0
 """Seconds for an answer that needs no generation: health, names, loading of an adapter."""
+PATIENT = 180.0
+"""Seconds for its configuration: when first asked, vLLM looks the whole system over (30 s on two busy cores)."""
 
 LONG = 600.0
 """Seconds for loading all weights of a model."""
@@ -255,13 +257,28 @@ class VLLMServer:
             RequestFailed: it does not answer.
         """
         try:
-            reply = await self._quick("GET", "/server_info?config_format=json")
+            reply = await self._quick("GET", "/server_info?config_format=json", seconds=PATIENT)
         except RequestFailed as failed:
             if failed.status == 404:
                 return None
             raise
         found: dict[str, Any] = reply.json()
         return found
+
+    async def version(self) -> str:
+        """Of vLLM; empty where it does not say.
+
+        Raises:
+            RequestFailed: it does not answer.
+        """
+        try:
+            return str((await self._quick("GET", "/version")).json()["version"])
+        except RequestFailed as failed:
+            if failed.kind is Failure.REFUSED:
+                return ""
+            raise
+        except (ValueError, LookupError, TypeError):
+            return ""
 
     async def counters(self) -> dict[str, float]:
         """Its counters as Prometheus names them, summed over labels.

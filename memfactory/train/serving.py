@@ -120,7 +120,13 @@ async def _check(server: VLLMServer, recipe: Recipe, folder: Path) -> int | None
             f"{found}, and the recipe trains {wanted}",
             f"start it with --model {wanted}: memfactory serve-rollouts RECIPE",
         )
-    await _check_flags(server, recipe)
+    try:
+        await _check_version(server)
+        await _check_flags(server, recipe)
+    except RequestFailed as failed:
+        raise EngineError(
+            f"the vLLM server at {server.url} does not say what it is", failed.why, failed.fix
+        ) from failed
     longest = own.get("max_model_len")
     return longest if isinstance(longest, int) else None
 
@@ -148,10 +154,13 @@ async def _check_flags(server: VLLMServer, recipe: Recipe) -> None:
             "missing: " + " ".join(flags),
             "add them, or let memfactory serve-rollouts RECIPE start it",
         )
-    version = str(found.get("vllm_version") or "")
+
+
+async def _check_version(server: VLLMServer) -> None:
+    version = await server.version()
     try:
-        inside = TESTED[0] <= Version(version).__class__(Version(version).base_version) < TESTED[1]
-    except InvalidVersion:
+        inside = TESTED[0] <= Version(Version(version).base_version) < TESTED[1]
+    except InvalidVersion:  # it does not say
         return
     if not inside:
         raise EngineError(

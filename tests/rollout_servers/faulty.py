@@ -29,7 +29,7 @@ class FaultyServer(LocalServer):
 
     def __init__(self, fault: Fault | None = None, port: int = 0, weight: float = 1.0) -> None:
         super().__init__(port)
-        self.fault, self.weight = fault, weight
+        self.fault, self.weight, self.version = fault, weight, "0.31.0"
         self.adapters: dict[str, str] = {}
         self.seen: list[tuple[str, dict[str, Any]]] = []
         self._counts: dict[str, int] = {}
@@ -59,6 +59,8 @@ class FaultyServer(LocalServer):
     def _answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         if path == "/health":
             return 200, {}
+        if path == "/version":
+            return 200, {"version": self.version}
         if path == "/v1/models":
             models = [{"id": "base", "max_model_len": 512}, *({"id": name} for name in self.adapters)]
             return 200, {"data": models}
