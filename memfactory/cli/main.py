@@ -28,7 +28,7 @@ COMMANDS = {
     ),
     "recipes": ("memfactory.cli.recipes:app", "List, show and copy recipes."),
     "rewards": ("memfactory.cli.rewards:app", "Find, write, test and compare reward functions."),
-    "doctor": ("memfactory.cli.doctor:doctor", "Check packages and machine: found, supported, what to do."),
+    "doctor": ("memfactory.cli.doctor:doctor", "Check this machine, or a recipe on it: found, supported, what to do."),
     "report": ("memfactory.cli.report:report", "Write the HTML report of a run."),
 }
 """Name -> (``module:object``, one line for the list). The object is a function or a Typer app."""

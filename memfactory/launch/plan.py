@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from memfactory.errors import MemFactoryError, RecipeError, RecipeErrors, attemp
 from memfactory.launch.accelerate_config import Settings, merged, precision, precision_errors, read_config
 from memfactory.launch.batch import Batch, batch, kept
 from memfactory.launch.memory import Load, Memory, Sharding, estimate
+from memfactory.launch.ports import port_taken
 from memfactory.launch.shapes import Shape, find_shape
 from memfactory.recipe import Recipe
 from memfactory.train.policies import trains
@@ -302,17 +302,6 @@ def folder_errors(recipe: Recipe) -> list[MemFactoryError]:
     errors: list[MemFactoryError] = []
     attempt(lambda: RunFolder(recipe.run_dir).refuse_other(recipe), errors)
     return errors
-
-
-def port_taken(port: int) -> bool:
-    """Whether something listens on a port of this machine."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return True
-    return False
 
 
 # --- showing ----------------------------------------------------------------------------------------------
