@@ -60,7 +60,7 @@ def _trackers(asked: Any) -> Sequence[str]:
 
 def vllm_here() -> Check:
     """Whether a server can be started on this machine: vLLM in the environment that `serve-rollouts` would take."""
-    from memfactory.launch.rollout_server import ServerOptions, interpreter
+    from memfactory.policy.vllm_process import ServerOptions, interpreter
 
     supported = SpecifierSet(f">={TESTED[0]},<{TESTED[1]}")
     try:

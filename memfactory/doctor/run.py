@@ -96,6 +96,9 @@ def _servers(prepared: Prepared, typed: str) -> Iterable[Check]:
         from memfactory.doctor.served import Served
     except ImportError:  # httpx and its like, which have a line of their own
         return
+    if prepared.recipe.rollout.vllm.mode == "colocate":  # the trainer starts its own, at ports that are free then
+        yield vllm_here()
+        return
     served = Served(prepared, typed)
     if served.starts_here():
         yield vllm_here()

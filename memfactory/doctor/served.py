@@ -1,7 +1,7 @@
 """The servers that sample for a recipe: who is there, and whether it would sample from the trainer's weights.
 
 Three things are tried on a server that answers: whether it fits the recipe (as the trainer would check it), whether an
-adapter reaches it (one of zeros, which must change nothing), and whether its log-probs are those of the trainer's own
+adapter reaches it (one of zeros, which must change nothing; only where adapters are what is sent), and whether its log-probs are those of the trainer's own
 model on one prompt. Nothing is left behind: not the adapter, not its folder.
 """
 
@@ -33,9 +33,9 @@ from memfactory.policy.vllm_needs import BASE, base_model
 from memfactory.policy.vllm_policy import LOOP
 from memfactory.policy.vllm_server import VLLMServer
 from memfactory.recipe import Recipe
-from memfactory.train.adapter_sync import canary_ids, score
 from memfactory.train.prepare import Prepared
 from memfactory.train.serving import check
+from memfactory.train.weight_sync import canary_ids, score
 
 _LAYER = ".layers.0."
 """Of the adapter that is sent only the first layer is written: all layers take the same way."""
@@ -84,7 +84,8 @@ class Served:
             try:
                 yield (fit := self._fits(server))
                 if fit.level is not Level.WRONG:
-                    yield self._sync(server)
+                    if self.recipe.model.lora is not None:
+                        yield self._sync(server)  # whole weights would take the place of what it holds
                     yield self._agreement(server)
             finally:
                 LOOP.start(server.aclose()).result()

@@ -223,7 +223,8 @@ def _trainer(
 
 
 def _route(recipe: Recipe, trained: TransformersPolicy, initial: Path, folder: Path) -> RoutedPolicy:
-    with Ranks().together(), loaded_whole():  # models beside the trained one are not sharded
+    # a rank that finds a server wanting ends all of them; models beside the trained one are not sharded
+    with Ranks().together(), loaded_whole():
         return route(recipe, trained, lambda: load_checkpoint(initial, recipe.model), folder)
 
 

@@ -44,7 +44,7 @@ def served(recipe: Recipe, trained: TransformersPolicy, folder: Path) -> VLLMPol
         own = _started(recipe, folder, trained.model.device)
         urls, outage = [own.url], 0.0  # nobody starts it again
     servers = [VLLMServer(url, section, tally) for url in urls]
-    limits = [check(server, recipe, folder) for server in servers]
+    limits = [check(server, recipe, folder, ours=own is not None) for server in servers]
     # of this run, whichever life of it: what an earlier one left at the servers is ours to clear away
     digest = sha256(str(folder.resolve()).encode()).hexdigest()[:8]
     family = f"memfactory-{re.sub('[^a-z0-9]+', '-', recipe.name.lower())}-{digest}-"
@@ -78,8 +78,12 @@ def _started(recipe: Recipe, folder: Path, device: torch.device) -> RolloutServe
     return server
 
 
-def check(server: VLLMServer, recipe: Recipe, folder: Path) -> int | None:
+def check(server: VLLMServer, recipe: Recipe, folder: Path, *, ours: bool = False) -> int | None:
     """Wait for `server` and compare what it is with what the recipe needs.
+
+    Args:
+        folder: of the run.
+        ours: it was started here, so its flags are right; vLLM takes long to tell them for the first time.
 
     Returns:
         longest prompt and completion together that it takes; None where it does not say.
@@ -87,10 +91,10 @@ def check(server: VLLMServer, recipe: Recipe, folder: Path) -> int | None:
     Raises:
         EngineError: it is not there in time, or does not fit.
     """
-    return LOOP.start(_check(server, recipe, folder)).result()
+    return LOOP.start(_check(server, recipe, folder, ours)).result()
 
 
-async def _check(server: VLLMServer, recipe: Recipe, folder: Path) -> int | None:
+async def _check(server: VLLMServer, recipe: Recipe, folder: Path, ours: bool) -> int | None:
     end, failure = monotonic() + recipe.rollout.vllm.outage, ""
     while True:
         try:
@@ -122,7 +126,8 @@ async def _check(server: VLLMServer, recipe: Recipe, folder: Path) -> int | None
         )
     try:
         await _check_version(server)
-        await _check_flags(server, recipe)
+        if not ours:
+            await _check_flags(server, recipe)
     except RequestFailed as failed:
         raise EngineError(
             f"the vLLM server at {server.url} does not say what it is", failed.why, failed.fix

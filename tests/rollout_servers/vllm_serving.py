@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import socket
 import sys
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # `engines` is shared by fol
 
 from engines import engine_python
 
+from memfactory.environments import build_environment
 from memfactory.episode import Turn
 from memfactory.policy.base import Sampling
 from memfactory.policy.models import load_checkpoint
@@ -27,8 +29,10 @@ from memfactory.policy.vllm_process import RolloutServer, ServerOptions, argumen
 from memfactory.recipe import Recipe, TinyModel
 from memfactory.train.serving import served
 
-WORDS = [f"w{number}" for number in range(200)]
+WORDS = [*(f"w{number}" for number in range(200)), *build_environment("fact_words", {}).vocabulary()]
+"""Of the tests' own prompts, and of the environment that recipes are trained in here."""
 SHAPE = TinyModel(hidden_size=64, heads=2, initializer_range=0.3)  # heads of 32: vLLM's CPU attention has no 16
+PARTS = Path(__file__).parents[1] / "train" / "rank_parts.py"
 START = 300.0
 """Seconds a server may take to start on a busy machine."""
 
@@ -65,6 +69,25 @@ class Serving:
                 "rollout": {"engine": "vllm", "vllm": vllm},
             }
         )
+
+    def training(self, **vllm: Any) -> list[str]:
+        """Overrides of `memagent/quickstart-vllm` with which it trains on this base model: a few steps, no warm-up."""
+        vllm = self.recipe(**vllm).rollout.vllm.model_dump(mode="json", exclude_unset=True)
+        return [
+            "model.tiny=null",
+            f"model.name={self.folder / 'base'}",
+            "model.lora={r: 8}",
+            "warmup=null",
+            f"rollout.vllm={json.dumps(vllm)}",
+            f"agent.name={PARTS}:Uneven",
+            f"rewards={json.dumps([{'name': f'{PARTS}:words'}])}",
+            "environment.train_tasks=12",
+            "environment.test_tasks=2",
+            "train.num_generations=4",
+            "train.learning_rate=0.01",
+            "train.eval_strategy=no",
+            "eval.greedy=false",
+        ]
 
     def server(self, log: str = "vllm.log", **changes: Any) -> RolloutServer:
         """The server that `memfactory serve-rollouts` starts for `recipe`; use it as a context."""

@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import get_peft_model_state_dict
 from rich.console import Console
+from torch.distributed.tensor import DTensor
 
 from memfactory.errors import MemFactoryError
 from memfactory.reward.system import RewardSystem
@@ -26,6 +28,7 @@ from memfactory.train.prepare import prepare
 from memfactory.train.run import train
 from memfactory.train.sharding import whole_state_dict
 from memfactory.train.trainer import EpisodeGRPOTrainer
+from memfactory.train.weight_sync import AdapterSync
 from tests.train import cpu_shim
 from tests.train.conftest import (
     EVERY_SCOPE,
@@ -151,6 +154,65 @@ def resume(source: str, folder: Path, engine: str, overrides: list[str]) -> dict
         (folder / "summary.json").write_text(json.dumps(summary | {"stopped": "unfinished"}))
     dist.barrier()
     return run(folder, engine, overrides)
+
+
+def served(folder: Path, engine: str, overrides: list[str], spoil: int = 0) -> list[dict[str, Any]]:
+    """A run whose turns come from a vLLM server; what each rank has seen of it.
+
+    Args:
+        spoil: the adapter after that many others loses its end on the disk, before the server reads it; 0: none does.
+    """
+    seen: dict[str, Any] = {"steps": [], "gradients": [], "adapter": {}, "ending": "none"}
+    assess, norm, save = EpisodeGRPOTrainer._assess, EpisodeGRPOTrainer._get_grad_norm, AdapterSync.write
+    trainers: list[EpisodeGRPOTrainer] = []
+
+    def noted(self: Any, episodes: Any, measuring: Any) -> Any:
+        trainers.append(self)
+        turns, pool = [turn for episode in episodes for turn in episode.turns], self.policy.trained.pool
+        seen["steps"].append(
+            {
+                "step": self.state.global_step,
+                "versions": sorted({turn.policy_version for turn in turns}),
+                "turns": len(turns),
+                "completions": [turn.completion_ids for turn in turns],
+                "adapter": pool.weights.name,
+                "sent": self.policy.trained.push.count,
+                "difference": pool.difference,
+            }
+        )
+        return assess(self, episodes, measuring)
+
+    def measured(self: Any, model: Any, grad_norm: Any = None) -> Any:
+        grads = (p.grad for p in model.parameters() if p.grad is not None)
+        whole = [grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in grads]
+        seen["gradients"].append(torch.cat([grad.detach().flatten().clone() for grad in whole]))
+        return norm(self, model, grad_norm)
+
+    def cut(self: Any, model: Any, state: Any, folder: Path) -> None:
+        save(self, model, state, folder)
+        if self.count == spoil:
+            os.truncate(folder / "adapter_model.safetensors", 100)
+
+    asked = [f"train.{name}={json.dumps(value)}" for name, value in options(engine).items()]
+    recipe = Path("recipes/memagent/quickstart-vllm.yaml")
+    with (
+        replaced(EpisodeGRPOTrainer, "_assess", noted),
+        replaced(EpisodeGRPOTrainer, "_get_grad_norm", measured),
+        replaced(AdapterSync, "write", cut if spoil else save),
+    ):
+        try:
+            train(prepare(recipe, [f"output_dir={folder}", *overrides, *asked]), console=Console(quiet=True))
+        except MemFactoryError as error:
+            seen["ending"] = f"{type(error).__name__}: {error}"
+        else:
+            state = get_peft_model_state_dict(trainers[-1].accelerator.unwrap_model(trainers[-1].model))
+            seen["adapter"] = {
+                name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
+                for name, value in state.items()
+            }
+    both: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(both, seen)
+    return both
 
 
 def main() -> None:
