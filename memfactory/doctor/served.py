@@ -1,8 +1,8 @@
 """The servers that sample for a recipe: who is there, and whether it would sample from the trainer's weights.
 
 Three things are tried on a server that answers: whether it fits the recipe (as the trainer would check it), whether an
-adapter reaches it (one of zeros, which must change nothing; only where adapters are what is sent), and whether its log-probs are those of the trainer's own
-model on one prompt. Nothing is left behind: not the adapter, not its folder.
+adapter reaches it (one of zeros, which must change nothing; only where adapters are what is sent), and whether its
+log-probs are those of the trainer's own model on one prompt. Nothing is left behind: not the adapter, not its folder.
 """
 
 from __future__ import annotations
