@@ -38,10 +38,12 @@ def serve_rollouts(
 ) -> None:
     """Start vLLM with the flags the recipe needs, wait until it answers, and end all of it with Ctrl-C."""
     from memfactory.policy.vllm_process import (
+        MARK,
         SERVER,
         RolloutServer,
         ServerOptions,
         check_port,
+        end_leftovers,
         environment,
         has_gpu,
         interpreter,
@@ -81,7 +83,10 @@ def serve_rollouts(
     log = loaded.run_dir / f"vllm-{number}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{number}"
-    with RolloutServer(command, environment(os.environ, gpu=gpu), url, log) as server:
+    mark = f"{loaded.run_dir.resolve()}:{number}"
+    if left := end_leftovers(mark):
+        console.print(f"ended {left} processes that a killed server had left")
+    with RolloutServer(command, environment(os.environ, gpu=gpu) | {MARK: mark}, url, log) as server:
         console.print(f"starting vLLM; its log: {log}", soft_wrap=True)
         seconds = server.wait_healthy(wait, lambda: not stopping)
         if not stopping:

@@ -32,6 +32,8 @@ GRACE = 15.0
 """Seconds that a server has to end by itself before it is killed."""
 ADAPTERS_IN_MEMORY = 4
 """Adapters a server keeps: the one of now, the one before, and room for a second run beside it."""
+MARK = "MEMFACTORY_ROLLOUT_SERVER"
+"""Environment variable of a server's processes: run folder and port."""
 _PR_SET_PDEATHSIG = 1
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
 
@@ -156,6 +158,22 @@ def check_port(host: str, port: int) -> None:
             ) from error
 
 
+def end_leftovers(mark: str) -> int:
+    """End what a server with this `mark` has left, and say how many processes that were.
+
+    Where serve-rollouts and vLLM's API process are both killed (kill -9, out of memory), nobody is left who knows of
+    the engine and its workers: they live on and hold their GPU. The mark in their environment finds them (Linux).
+    To be called where nobody listens on the server's port: then none of them is of use.
+    """
+    wanted, ended = f"{MARK}={mark}".encode(), 0
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if int(place.name) != os.getpid() and wanted in (place / "environ").read_bytes().split(b"\0"):
+                os.kill(int(place.name), signal.SIGKILL)
+                ended += 1
+    return ended
+
+
 def colocated(recipe: Recipe, folder: Path, rank: int, device: int | None) -> RolloutServer:
     """The server of one training process, not started yet: at a free port, on the same device.
 
@@ -174,7 +192,8 @@ def colocated(recipe: Recipe, folder: Path, rank: int, device: int | None) -> Ro
     command = [interpreter(options), "-m", SERVER, *arguments(recipe, folder, options, gpu=device is not None)]
     # what torchrun tells the trainer is not meant for the server, which would take part in its process group
     own = {name: value for name, value in os.environ.items() if name not in _TORCHRUN}
-    environ = environment(own, gpu=device is not None)
+    environ = environment(own, gpu=device is not None) | {MARK: f"{folder.resolve()} rank {rank}"}
+    end_leftovers(environ[MARK])  # of a trainer that was killed together with its server
     if device is not None:
         seen = environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         environ["CUDA_VISIBLE_DEVICES"] = seen[device] if device < len(seen) and seen[device] else str(device)

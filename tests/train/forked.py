@@ -2,7 +2,8 @@
 
 A server process imports everything once and answers lines of JSON on its standard input: an order to start by forking
 a child, which runs the `memfactory` command, and with the child's process id; an order to wait with how it ended.
-A run can be told to kill itself at a place in the code: that is a real SIGKILL, which no handler sees.
+A run can be told to kill itself at a place in the code: that is a real SIGKILL, which no handler sees. Processes that
+`MEMFACTORY_TEST_KILL_TOO` names by number are killed in the same moment.
 """
 
 from __future__ import annotations
@@ -107,6 +108,8 @@ def strike(at: str, do: str) -> None:
     def instead(*args: Any, **kwargs: Any) -> Any:
         left[0] -= 1
         if left[0] == 0:
+            for other in os.environ.get("MEMFACTORY_TEST_KILL_TOO", "").split():
+                os.kill(int(other), signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL if do == "kill" else signal.Signals[do])
         return original(*args, **kwargs)
 
