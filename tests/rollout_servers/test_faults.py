@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from engines import engine_python
 from vllm_serving import START, fresh_logprobs, prompts
 
-from memfactory.policy.vllm_process import RolloutServer
+from memfactory.policy.vllm_process import MARK, RolloutServer, end_leftovers
 from memfactory.runs import RunFolder
 from tests.train.forked import Server
 
@@ -69,13 +69,10 @@ def serve_rollouts(serving, recipe: Path) -> subprocess.Popen:
     )
 
 
-def until_serving(process: subprocess.Popen) -> list[str]:
-    """What it says until it serves."""
-    said = []
+def until_serving(process: subprocess.Popen) -> None:
     for line in process.stdout:
-        said.append(line)
         if line.startswith("serving"):
-            return said
+            return
     pytest.fail(f"it ended with {process.wait()}")
 
 
@@ -146,8 +143,8 @@ def test_trainer_and_server_killed_together_go_on_to_the_same_end(make_serving, 
         *steps,
         "rollout.log_episodes=100",
     ]
-    trainers, processes = Server(tmp_path), []
-    first = serve_rollouts(serving, recipe)
+    trainers, processes, servers = Server(tmp_path), [], [serve_rollouts(serving, recipe)]
+    first = servers[0]
     try:
         until_serving(first)
         trainers.run([*command, f"output_dir={tmp_path / 'whole'}"])
@@ -166,9 +163,8 @@ def test_trainer_and_server_killed_together_go_on_to_the_same_end(make_serving, 
         first.wait(timeout=10)
         assert RunFolder(tmp_path / "killed").latest_checkpoint().name == "checkpoint-2"
 
-        second = serve_rollouts(serving, recipe)
-        said = until_serving(second)
-        assert "that a killed server had left" in said[0], "the engine ended with its parent: nothing to look for"
+        servers.append(second := serve_rollouts(serving, recipe))
+        until_serving(second)
         assert wait_until(lambda: gone(processes)), "processes of the killed server are left"
         output = trainers.run([*command, f"output_dir={tmp_path / 'killed'}"])
         assert "resuming from" in output
@@ -187,6 +183,8 @@ def test_trainer_and_server_killed_together_go_on_to_the_same_end(make_serving, 
         assert wait_until(lambda: gone(processes))
     finally:
         trainers.close()
+        for server in servers:
+            server.kill()
         for left in processes:
             with contextlib.suppress(psutil.Error):
                 left.kill()
@@ -203,6 +201,21 @@ def test_a_server_that_does_not_end_by_itself_is_killed_with_its_children(tmp_pa
         assert wait_until(lambda: len(family(server.process)) == 1)
         processes = [psutil.Process(server.process.pid), *family(server.process)]
     assert wait_until(lambda: gone(processes), 5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="environments of other processes are read from /proc")
+def test_what_a_killed_server_has_left_is_found_by_its_mark(tmp_path):
+    own, other = (
+        subprocess.Popen([sys.executable, "-c", TREE], env=os.environ | {MARK: f"{tmp_path}:{port}"})
+        for port in (8000, 8001)
+    )
+    assert wait_until(lambda: family(own) and family(other))
+    processes = [psutil.Process(own.pid), *family(own)]
+    assert end_leftovers(f"{tmp_path}:8000") == 2
+    assert wait_until(lambda: gone(processes), 5)
+    assert not gone([psutil.Process(other.pid)]), "that of another port was ended"
+    assert end_leftovers(f"{tmp_path}:8001") == 2
+    assert own.wait() == other.wait() == -signal.SIGKILL
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process that its parent has died")
