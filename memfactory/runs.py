@@ -533,13 +533,16 @@ _PLACES = ("output_dir", "rollout.vllm.")
 
 
 def _differences(stored: Record, given: Record) -> list[str]:
-    """``a.b was 1, is 2`` for each key that differs, places aside: a job that is queued again gets other nodes."""
+    """``a.b was 1, is 2`` for each key that differs, places aside: a job that is queued again gets other nodes.
+
+    A key that an older version did not know of and that is null now is no difference.
+    """
     before, now = _flat(stored), _flat(given)
-    absent = "absent"
+    absent, nothing = "absent", "null"
     return [
         f"{key} was {before.get(key, absent)}, is {now.get(key, absent)}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(_PLACES)
+        if before.get(key, nothing) != now.get(key, nothing) and not key.startswith(_PLACES)
     ]
 
 

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -192,6 +193,13 @@ def test_the_run_of_another_recipe_is_not_continued(run: RunFolder) -> None:
     assert "learning_rate" not in raised.value.why
     assert "output_dir=" in raised.value.fix
     assert "--start-over" in raised.value.fix
+
+
+def test_a_field_that_came_later_and_is_not_set_is_no_difference(run: RunFolder) -> None:
+    stored = yaml.safe_load(run.recipe_file.read_text())
+    del stored["model"]["gguf_file"]
+    run.recipe_file.write_text(yaml.safe_dump(stored))
+    assert RunFolder.open(run.path, make_recipe(), resume=True).path == run.path
 
 
 def test_a_moved_folder_can_be_continued(run: RunFolder, tmp_path: Path) -> None:
