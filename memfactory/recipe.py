@@ -46,6 +46,19 @@ class Lora(_Section):
     target_modules: str | list[str] = "all-linear"
 
 
+class Quantization(_Section):
+    """Frozen base weights in 4 bits under adapters (QLoRA, arXiv 2305.14314): transformers' `BitsAndBytesConfig`."""
+
+    bits: Literal[4] = 4
+    """`load_in_4bit`."""
+    type: Literal["nf4", "fp4"] = "nf4"
+    """`bnb_4bit_quant_type`. `nf4` has its levels where normally distributed weights are."""
+    double: bool = True
+    """`bnb_4bit_use_double_quant`: the scales are quantized, too, which takes .37 bits less for each weight."""
+    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """`bnb_4bit_compute_dtype`: what weights are turned into where they are multiplied. Absent: `model.dtype`."""
+
+
 class ModelSection(_Section):
     """The policy. Give `name` for a pretrained model, or `tiny` for one built from nothing."""
 
@@ -61,11 +74,23 @@ class ModelSection(_Section):
     """Run Python code that comes with the model. Off unless you have read that code."""
     lora: Lora | None = None
     """Absent: full fine-tuning."""
+    quantization: Quantization | None = None
+    """Absent: weights are kept in `dtype`. Needs `lora` and the extra `memfactory[quant]`."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSection:
         if (self.name is None) == (self.tiny is None):
             raise ValueError("give exactly one of model.name (a pretrained model) and model.tiny (built from nothing)")
+        return self
+
+    @model_validator(mode="after")
+    def _quantized_under_adapters(self) -> ModelSection:
+        if self.quantization is None:
+            return self
+        if self.lora is None:
+            raise ValueError("quantized weights cannot be trained: add `lora: {r: 16}` beside `quantization`")
+        if self.tiny is not None:
+            raise ValueError("quantization is of a pretrained model (model.name); leave it out with model.tiny")
         return self
 
 

@@ -105,6 +105,8 @@ def _candidates(recipe: Recipe) -> Iterator[tuple[str, Any]]:
     if not lora:
         yield "model.lora", {"r": 32, "alpha": 64}
         yield "model.dtype", "bfloat16"
+    if recipe.model.tiny is None and recipe.warmup is None and recipe.rollout.engine == "transformers":
+        yield "model.quantization", {"bits": 4}
 
 
 def _peak(prepared: Prepared, request: Request, layout: Layout, changes: Mapping[str, Any]) -> float:

@@ -32,6 +32,9 @@ def recipe_packages(recipe: Recipe, config: str | None = None) -> Iterable[Check
     if recipe.train.get("deepspeed") or _deepspeed(config):
         supported = stated_ranges("trl").get("deepspeed", (SpecifierSet(), ""))[0]
         yield check_package("deepspeed", installed("deepspeed"), supported)
+    if recipe.model.quantization is not None:
+        supported = stated.get("bitsandbytes", (SpecifierSet(), ""))[0]
+        yield check_package("bitsandbytes", installed("bitsandbytes"), supported, "quant")
     for tracker in _trackers(recipe.train.get("report_to")):
         yield check_package(_TRACKERS[tracker], installed(_TRACKERS[tracker]), SpecifierSet())
 

@@ -14,9 +14,10 @@ from rich.table import Table
 from memfactory.errors import MemFactoryError, RecipeError, RecipeErrors, attempt
 from memfactory.launch.accelerate_config import Settings, merged, precision, precision_errors, read_config
 from memfactory.launch.batch import Batch, batch, kept
-from memfactory.launch.memory import Load, Memory, Sharding, estimate
+from memfactory.launch.memory import Load, Memory, Sharding, estimate, packed_bytes
 from memfactory.launch.ports import port_taken
 from memfactory.launch.shapes import Shape, find_shape
+from memfactory.policy.quantization import divided
 from memfactory.recipe import Recipe
 from memfactory.train.policies import trains
 from memfactory.train.prepare import Prepared
@@ -201,6 +202,8 @@ def _unfit(recipe: Recipe, settings: Settings) -> list[MemFactoryError]:
         errors.append(
             RecipeError("model.dtype: float16 with FSDP", "its optimizer would run in float16", "model.dtype=float32")
         )
+    if recipe.model.quantization is not None and settings.sharding not in (Sharding.NONE, Sharding.DDP):
+        errors.append(divided(f"--config {settings.name}"))
     return errors
 
 
@@ -227,7 +230,7 @@ def caveats(recipe: Recipe, settings: Settings) -> list[MemFactoryError]:
 def _load(prepared: Prepared, settings: Settings, shape: Shape, processes: int, engine: str) -> Load:
     """What the memory of one process depends on."""
     recipe = prepared.recipe
-    lora = recipe.model.lora
+    lora, quantization = recipe.model.lora, recipe.model.quantization
     asked = [module.name for module in getattr(prepared.agent, "modules", ()) if hasattr(module, "render")]
     trained = not asked or any(trains(recipe, name) for name in asked)
     full = lora is None
@@ -240,6 +243,7 @@ def _load(prepared: Prepared, settings: Settings, shape: Shape, processes: int, 
         stored=_BYTES[recipe.model.dtype],
         mixed=precision(recipe.train) != "no",
         adapters=None if lora is None else shape.adapters(lora),
+        packed=None if quantization is None else packed_bytes(quantization.double),
         trained=trained,
         copies=reference + initial,
         checkpointing=bool(recipe.train.get("gradient_checkpointing")),
@@ -392,6 +396,7 @@ def _memory_table(plan: Plan) -> Table:
         return table
     lora = plan.recipe.model.lora
     how = f"LoRA, {shape.adapters(lora) / 1e6:.3g} M trained" if lora is not None else "all trained"
+    how += ", the others in 4 bits" if plan.recipe.model.quantization is not None else ""
     table.add_row("parameters", f"{shape.parameters / 1e6:,.6g} M, {how}")
     for title, parts in (
         ("always", memory.states),

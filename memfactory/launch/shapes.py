@@ -56,9 +56,14 @@ class Shape:
         yield "down_proj", self.mlp, self.hidden
 
     @property
+    def matrices(self) -> int:
+        """Parameters of the matrices of one layer."""
+        return sum(inputs * outputs for _, inputs, outputs in self.linear())
+
+    @property
     def layer(self) -> int:
         """Parameters of one layer."""
-        matrices = sum(inputs * outputs for _, inputs, outputs in self.linear())
+        matrices = self.matrices
         biases = (self.query + 2 * self.key_value) if self.bias else 0
         return matrices + biases + 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from memfactory.errors import EngineError, RecipeError, boundary
+from memfactory.policy.quantization import check_installed, load_quantized
 from memfactory.policy.tiny import tiny_model, tiny_tokenizer
 from memfactory.recipe import Lora, ModelSection
 
@@ -91,7 +93,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 
 def load_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """The model without adapters, weights in `model.dtype`, on the CPU.
+    """The model without adapters: weights in `model.dtype` on the CPU, or in 4 bits on this process's device.
 
     Raises:
         RecipeError: it cannot be loaded.
@@ -102,7 +104,10 @@ def load_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase, seed: 
     assert section.name is not None
     source, packaged = locate(section.name)
     gguf = section.gguf_file or packaged
+    check_installed(section)
     with boundary(RecipeError, f"model.name: '{section.name}' cannot be loaded", "check the name and the free memory"):
+        if section.quantization is not None and not gguf:
+            return load_quantized(section, source)
         model = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
@@ -117,7 +122,13 @@ def load_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase, seed: 
             for mark in marks:
                 if mark in vars(owner):
                     delattr(owner, mark)
-    return model
+    if section.quantization is None:
+        return model
+    with TemporaryDirectory() as folder:  # transformers packs what it reads from ordinary weights
+        model.save_pretrained(folder)
+        packed = load_quantized(section, folder)
+    packed.config._name_or_path = packed.name_or_path = source  # what an adapter names as its base
+    return packed
 
 
 def lora_config(lora: Lora) -> LoraConfig:

@@ -16,6 +16,7 @@ from memfactory.environments.overlap import check_disjoint
 from memfactory.episode import Task
 from memfactory.errors import DataError, MemFactoryError, RecipeError, RecipeErrors, attempt
 from memfactory.evaluate.run import EvalOptions
+from memfactory.policy import quantization
 from memfactory.policy.base import Policy
 from memfactory.policy.vllm_needs import unfit
 from memfactory.recipe import Recipe, apply_overrides, nearest, read_yaml, schema_errors
@@ -94,7 +95,7 @@ def prepare(path: Path, overrides: Sequence[str] = (), splits: Collection[Split]
     environment = attempt(lambda: build_environment(recipe.environment.name, recipe.environment.options), errors)
     rewards = attempt(lambda: RewardSystem.from_recipe(recipe), errors)
     errors += _unfit(recipe, agent) if agent is not None else []
-    errors += unfit(recipe)
+    errors += unfit(recipe) + quantization.unfit(recipe)
     if recipe.eval.metric not in [section.label or section.name for section in recipe.rewards]:
         attempt(lambda: load_dimension(recipe.eval.metric), errors)
     if errors:

@@ -16,6 +16,7 @@ from memfactory.checkpoints import saving
 from memfactory.evaluate.report import write_report
 from memfactory.evaluate.run import evaluate_agent
 from memfactory.policy.models import load_checkpoint, load_tokenizer, lora_config
+from memfactory.policy.quantization import check_installed, divided
 from memfactory.policy.routing import RoutedPolicy
 from memfactory.policy.transformers_backend import TransformersPolicy
 from memfactory.policy.vllm_needs import SERVED, base_model
@@ -86,6 +87,9 @@ def _train(
     asked = Asked.of(config)
     check_options(config, asked)
     check_started(asked)
+    check_installed(recipe.model)
+    if recipe.model.quantization is not None and (asked.fsdp or asked.deepspeed):
+        raise divided(asked.words)
     ranks = Ranks()
     with ranks.together():
         aside = ranks.first(run.set_aside() if start_over and ranks.main else None)

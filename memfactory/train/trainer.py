@@ -55,6 +55,7 @@ from memfactory.errors import EngineError, boundary
 from memfactory.evaluate.run import EvalOptions, evaluate_agent
 from memfactory.policy.base import Sampling
 from memfactory.policy.models import eos_ids
+from memfactory.policy.quantization import adapters_in_float32
 from memfactory.policy.routing import RoutedPolicy
 from memfactory.policy.transformers_backend import TransformersPolicy
 from memfactory.recipe import RolloutSection
@@ -148,6 +149,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         super().__init__(
             model=model, reward_funcs=[_never_called], args=args, train_dataset=train, eval_dataset=test, **kwargs
         )
+        adapters_in_float32(self.model)
         check_running(asked, self.accelerator)
         self.ranks = Ranks()
         plain = self.accelerator.unwrap_model(self.model)
