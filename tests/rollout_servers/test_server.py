@@ -14,11 +14,13 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from vllm_serving import ask, fresh_logprobs, prompts
+from vllm_serving import SHAPE, WORDS, ask, fresh_logprobs, prompts
 
+from memfactory.doctor.check import Level
 from memfactory.episode import StopReason
 from memfactory.errors import EngineError
 from memfactory.policy.base import Sampling
+from memfactory.policy.tiny import tiny_model, tiny_tokenizer
 from memfactory.policy.vllm_needs import BASE
 from memfactory.policy.vllm_policy import LOOP
 from memfactory.policy.vllm_pool import Canary, Weights
@@ -248,3 +250,41 @@ def test_nothing_is_sampled_before_weights_were_sent(serving):
     with pytest.raises(EngineError, match="before any weights were sent"):
         ask(policy, prompts(1))
     policy.close()
+
+
+# ---- as `memfactory doctor` sees it --------------------------------------------------------------
+
+
+def test_a_server_that_fits_agrees_and_takes_an_adapter(serving, tmp_path):
+    fits, sync, agreement = serving.doctor(tmp_path).checks()
+    assert [check.level for check in (fits, sync, agreement)] == [Level.OK] * 3, (fits, sync, agreement)
+    assert "vLLM 0." in fits.found
+    assert "up to 512 positions" in fits.found
+    assert "zeros" in sync.found
+    assert "here" in agreement.found
+    assert "there" in agreement.found
+    assert held(serving) == {BASE}
+    assert not (tmp_path / "run").exists(), "folders it made are left"
+
+
+def test_a_server_of_another_model_is_told(serving, tmp_path):
+    (check,) = serving.doctor(tmp_path, "model.name=org/other").checks()
+    assert check.level is Level.WRONG
+    assert "serves another model" in check.found
+    assert "--model org/other" in check.fix
+
+
+def test_a_server_of_other_weights_is_told_by_its_log_probs(serving, tmp_path):
+    """The folder has the right name, and other weights than the server loaded from it."""
+    base, kept = serving.folder / "base", serving.folder / "kept"
+    base.rename(kept)
+    try:
+        shutil.copytree(kept, base)
+        tiny_model(SHAPE, tiny_tokenizer(WORDS), 1).save_pretrained(base)
+        fits, sync, agreement = serving.doctor(tmp_path).checks()
+    finally:
+        shutil.rmtree(base)
+        kept.rename(base)
+    assert (fits.level, sync.level, agreement.level) == (Level.OK, Level.OK, Level.WRONG)
+    assert "canary_tolerance" in agreement.fix
+    assert held(serving) == {BASE}

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `engines` is shared by folders of tests
 
 from engines import engine_python
 
+from memfactory.doctor.served import Served
 from memfactory.environments import build_environment
 from memfactory.episode import Turn
 from memfactory.policy.base import Sampling
@@ -27,6 +29,7 @@ from memfactory.policy.transformers_backend import TransformersPolicy
 from memfactory.policy.vllm_policy import VLLMPolicy
 from memfactory.policy.vllm_process import RolloutServer, ServerOptions, arguments, environment
 from memfactory.recipe import Recipe, TinyModel
+from memfactory.train.prepare import prepare
 from memfactory.train.serving import served
 
 WORDS = [*(f"w{number}" for number in range(200)), *build_environment("fact_words", {}).vocabulary()]
@@ -88,6 +91,12 @@ class Serving:
             "train.eval_strategy=no",
             "eval.greedy=false",
         ]
+
+    def doctor(self, folder: Path, *overrides: str) -> Served:
+        """What `memfactory doctor` looks at for `recipe`, by way of its file in `folder`."""
+        file = folder / "recipe.yaml"
+        file.write_text(yaml.safe_dump(self.recipe().dump()))
+        return Served(prepare(file, [f"output_dir={folder / 'run'}", *overrides], splits=()), "recipe.yaml")
 
     def server(self, log: str = "vllm.log", **changes: Any) -> RolloutServer:
         """The server that `memfactory serve-rollouts` starts for `recipe`; use it as a context."""
