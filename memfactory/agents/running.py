@@ -16,6 +16,28 @@ OUTSIDE = (ServiceError, StoreError)
 """Faults of what stands outside the run and may be well again for the next episode."""
 
 
+async def episodes_of(
+    agent: Agent, tasks: Sequence[Task], policy: Policy, on_done: Callable[[Episode], None] | None = None
+) -> list[Episode]:
+    """:func:`run_episodes` for who has an event loop: several batches may run in it at the same time."""
+
+    async def one(task: Task) -> Episode:
+        try:
+            episode = await agent.run(task, policy)
+        except (*OUTSIDE, ExceptionGroup) as error:
+            cause = _outside(error)
+            if cause is None:
+                raise
+            # what it did before is lost on purpose: a part of an episode has no outcome to be credited with
+            episode = Episode(task, failed=f"{cause.fault}: {cause}")
+        episode.group = task.id
+        if on_done is not None:
+            on_done(episode)
+        return episode
+
+    return await together(one(task) for task in tasks)
+
+
 def run_episodes(
     agent: Agent, tasks: Sequence[Task], policy: Policy, on_done: Callable[[Episode], None] | None = None
 ) -> list[Episode]:
@@ -33,33 +55,16 @@ def run_episodes(
         MemFactoryError: the first episode that raised anything else; the others are cancelled.
     """
 
-    async def one(task: Task) -> Episode:
-        try:
-            episode = await agent.run(task, policy)
-        except (*OUTSIDE, ExceptionGroup) as error:
-            cause = _outside(error)
-            if cause is None:
-                raise
-            # what it did before is lost on purpose: a part of an episode has no outcome to be credited with
-            episode = Episode(task, failed=f"{cause.fault}: {cause}")
-        episode.group = task.id
-        if on_done is not None:
-            on_done(episode)
-        return episode
-
-    async def everything() -> list[Episode]:
-        return await together(one(task) for task in tasks)
-
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(everything())
+        return asyncio.run(episodes_of(agent, tasks, policy, on_done))
     # Called from inside a loop (a notebook): asyncio allows no second one in this thread.
     outcome: list[Episode | BaseException] = []
 
     def target() -> None:
         try:
-            outcome.extend(asyncio.run(everything()))
+            outcome.extend(asyncio.run(episodes_of(agent, tasks, policy, on_done)))
         except BaseException as error:
             outcome[:] = [error]
 

@@ -50,6 +50,17 @@ class RoutedPolicy:
         turn.trainable &= other is None
         return turn
 
+    def apart(self) -> RoutedPolicy:
+        """The same models for another batch at the same time, whose draws have a seed of their own.
+
+        Those in this process are shared, draws and all.
+        """
+        found: dict[int, Any] = {id(policy): policy for policy in [self.trained, *self.others.values()]}
+        own: dict[int, Any] = {
+            key: policy.apart() if hasattr(policy, "apart") else policy for key, policy in found.items()
+        }
+        return RoutedPolicy(own[id(self.trained)], {name: own[id(policy)] for name, policy in self.others.items()})
+
     def close(self) -> None:
         """Close the connections of those behind an endpoint or a server."""
         for policy in {id(policy): policy for policy in [*self.others.values(), self.trained]}.values():

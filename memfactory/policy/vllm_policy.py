@@ -7,7 +7,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any, cast
 
@@ -66,7 +66,7 @@ class VLLMPolicy:
             text=cast(str, self.tokenizer.decode(sampled.ids, skip_special_tokens=True)),
             stop=StopReason.LENGTH if sampled.finish == "length" else StopReason.STOP,
             messages=messages,
-            policy_version=self.version or 0,
+            policy_version=(self.version if sampled.version is None else sampled.version) or 0,
         )
 
     @property
@@ -107,6 +107,10 @@ class VLLMPolicy:
         own = VLLMPolicy(self.pool, self.tokenizer, sampling, self.eos_ids, self.template_options, base)
         own.max_positions = self.max_positions
         return own
+
+    def apart(self) -> VLLMPolicy:
+        """The same weights at the same servers for another batch at the same time, with draws of its own."""
+        return replace(self, push=None, stop=None, _asked=Counter())
 
     def confirm(self) -> None:
         """See :meth:`memfactory.policy.base.TrainedPolicy.confirm`."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from statistics import fmean
 from time import monotonic
@@ -108,6 +109,13 @@ class Weights:
     path: str
     whole: bool = False
     """They take the place of the base model's; else they are an adapter beside it, asked for by its name."""
+    version: int | None = None
+    """Optimizer steps behind them, where that is known."""
+
+    @property
+    def model(self) -> str:
+        """What a request names to be answered by them."""
+        return BASE if self.whole else self.name
 
 
 @dataclass(slots=True)
@@ -115,7 +123,8 @@ class _Place:
     server: VLLMServer
     up: bool = True
     """Whether it may be asked: it answers, and has shown that it holds the weights of now."""
-    under_way: int = 0
+    under_way: Counter[str] = field(default_factory=Counter)
+    """Turns that are being sampled, by the model they were asked of."""
     mending: asyncio.Task[None] | None = None
     failure: str = ""
 
@@ -140,6 +149,9 @@ class ServerPool:
     """Largest difference any server showed for the present canary, in nats."""
     taken_out: int = 0
     """How often a server was taken out since the beginning."""
+    beside: bool = False
+    """Turns are under way while weights change. New ones are loaded and checked beside those of before, which answer
+    until then; a turn ends with the weights it began with, and these stay loaded until it has. Adapters only."""
     _places: list[_Place] = field(init=False)
     _change: asyncio.Event = field(default_factory=asyncio.Event)
     _fatal: EngineError | None = None
@@ -161,10 +173,12 @@ class ServerPool:
             raise EngineError("a turn was asked for before any weights were sent", "", "call `use` first")
         while True:
             place = await self._free(draw.prompt_ids)
-            model = BASE if base else self._model
-            place.under_way += 1
+            weights = None if base else self.weights  # of this attempt: another one may come after an update
+            model = BASE if weights is None else weights.model
+            place.under_way[model] += 1
             try:
-                return await place.server.sample(draw, model=model)
+                sampled = await place.server.sample(draw, model=model)
+                return sampled if weights is None else replace(sampled, version=weights.version)
             except RequestFailed as failed:
                 # 404: it was started anew since, and has forgotten the adapter
                 if failed.kind not in GONE and failed.status != 404:
@@ -173,15 +187,12 @@ class ServerPool:
                     ) from failed
                 self._take_out(place, failed.why)
             finally:
-                place.under_way -= 1
-
-    @property
-    def _model(self) -> str:
-        """The name under which servers have the weights of now."""
-        return BASE if self.weights is None or self.weights.whole else self.weights.name
+                place.under_way[model] -= 1
 
     async def publish(self, weights: Weights | None, canary: Canary | None) -> float:
-        """Make every server sample from `weights` from now on; no turn is sampled meanwhile by the caller.
+        """Make every server sample from `weights` from now on.
+
+        Unless new weights are loaded `beside` the old, no turn may be under way meanwhile.
 
         Returns:
             largest difference of the canary over the servers, in nats.
@@ -189,8 +200,12 @@ class ServerPool:
         Raises:
             EngineError: a server cannot take it or shows other weights; or none was there for `outage` seconds.
         """
-        self.weights, self.canary, self.difference = weights, canary, 0.0
-        await asyncio.gather(*(self._renew(place) for place in self._places if place.up))
+        self.difference = 0.0
+        if not self.beside or self.weights is None:
+            self.weights, self.canary = weights, canary
+        await asyncio.gather(*(self._renew(place, weights, canary) for place in self._places if place.up))
+        # a server that came back with the old ones in between does not know the new name, says so, and is mended again
+        self.weights, self.canary = weights, canary
         await self._free(())
         return self.difference
 
@@ -226,7 +241,7 @@ class ServerPool:
                 place.mending.cancel()
             if place.up:
                 with contextlib.suppress(RequestFailed):  # it is gone, and with it what it held
-                    await self._forget(place.server, None)
+                    await self._forget(place, ())
             await place.server.aclose()
 
     # ---- who is asked ------------------------------------------------------------------------
@@ -241,8 +256,8 @@ class ServerPool:
             if up:
                 beginning = repr(list(prompt_ids[:PREFIX])).encode()
                 up.sort(key=lambda place: sha256(place.server.url.encode() + beginning).digest())
-                least = min(place.under_way for place in up)
-                return next(place for place in up if place.under_way <= least + AHEAD)
+                least = min(place.under_way.total() for place in up)
+                return next(place for place in up if place.under_way.total() <= least + AHEAD)
             left = since + self.outage - monotonic()
             if left <= 0:
                 failures = "; ".join(f"{place.server.url}: {place.failure}" for place in self._places)
@@ -274,7 +289,7 @@ class ServerPool:
             if await place.server.healthy():
                 weights = self.weights
                 try:
-                    await self._ready(place.server)
+                    await self._ready(place, weights, self.canary)
                 except RequestFailed as failed:
                     place.failure = failed.why
                 except EngineError as error:
@@ -290,21 +305,22 @@ class ServerPool:
                 place.failure = place.failure or "it is not healthy"
             await asyncio.sleep(PROBE)
 
-    async def _renew(self, place: _Place) -> None:
+    async def _renew(self, place: _Place, weights: Weights | None, canary: Canary | None) -> None:
         try:
-            await self._ready(place.server)
+            await self._ready(place, weights, canary)
         except RequestFailed as failed:
             self._take_out(place, failed.why)
 
-    async def _ready(self, server: VLLMServer) -> None:
-        """Give `server` the weights of now, and see that it has them.
+    async def _ready(self, place: _Place, weights: Weights | None, canary: Canary | None) -> None:
+        """Give a server `weights`, and see that it has them.
 
         Raises:
             RequestFailed: it does not answer.
             EngineError: it cannot take them, or shows other weights.
         """
-        weights, canary = self.weights, self.canary
-        await self._forget(server, weights)
+        server = place.server
+        model = BASE if weights is None else weights.model
+        await self._forget(place, [own.name for own in (weights, self.weights) if own is not None])
         if weights is None:
             pass
         elif weights.whole:
@@ -313,15 +329,19 @@ class ServerPool:
         elif weights.name not in {model["id"] for model in await server.models()}:
             await server.load(weights.name, weights.path)
         if canary is not None:
-            found = await server.score(canary.ids, model=self._model)
+            found = await server.score(canary.ids, model=model)
             self.difference = max(self.difference, canary.check(found, f"the vLLM server at {server.url}"))
         if canary is not None and canary.following is not None:
             ask = Draw(canary.following.ids, Sampling(), max_tokens=1, stop=(), seed=1)
-            drawn = await server.sample(ask, model=self._model)
+            drawn = await server.sample(ask, model=model)
             canary.check_drawn(drawn.ids[0], drawn.logprobs[0], f"the vLLM server at {server.url}")
 
-    async def _forget(self, server: VLLMServer, kept: Weights | None) -> None:
-        """Unload what this run, or an earlier life of it, has left there; a server has few places for adapters."""
-        for model in await server.models():
-            if model["id"].startswith(self.family) and (kept is None or model["id"] != kept.name):
-                await server.unload(model["id"])
+    async def _forget(self, place: _Place, kept: Collection[str]) -> None:
+        """Unload what this run, or an earlier life of it, has left there; a server has few places for adapters.
+
+        Those that are `kept` stay, and those that turns under way are sampled from.
+        """
+        for model in await place.server.models():
+            name = str(model["id"])
+            if name.startswith(self.family) and name not in kept and not place.under_way[name]:
+                await place.server.unload(name)

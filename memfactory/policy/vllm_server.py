@@ -70,6 +70,8 @@ class Sampled:
     finish: str
     """``stop`` or ``length``."""
     usage: Mapping[str, Any] = field(default_factory=dict)
+    version: int | None = None
+    """Of the weights it was drawn from; None where they have none."""
 
 
 @dataclass(frozen=True, slots=True)

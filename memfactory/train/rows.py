@@ -35,6 +35,8 @@ class Row:
     """Rows of a group with the same key were prompted alike up to the memory."""
     shared_prefix: int = 0
     """Leading prompt tokens this row has in common with every other row of the same `prefix_key`."""
+    version: int = 0
+    """Of the oldest weights that sampled one of its turns."""
 
     @property
     def length(self) -> int:
@@ -61,6 +63,7 @@ def build_rows(episodes: Sequence[Episode]) -> list[Row]:
                 last.trained += [0] * len(outside) + [1] * size
                 last.advantages += [0.0] * len(outside) + [turn.advantage] * size
                 last.logprobs += [0.0] * len(outside) + turn.logprobs
+                last.version = min(last.version, turn.policy_version)
             else:
                 last = Row(
                     index,
@@ -70,6 +73,7 @@ def build_rows(episodes: Sequence[Episode]) -> list[Row]:
                     [turn.advantage] * size,
                     list(turn.logprobs),
                     turn.prefix_key,
+                    version=turn.policy_version,
                 )
                 rows.append(last)
     _mark_shared_prefixes(rows)

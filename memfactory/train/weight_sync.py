@@ -54,10 +54,10 @@ def canary_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 @torch.no_grad()
-def score(model: Any, ids: Sequence[int]) -> list[float]:
-    """Log-probs of ``ids[1:]`` by `model`, at temperature 1."""
+def score(model: Any, ids: Sequence[int], **options: Any) -> list[float]:
+    """Log-probs of ``ids[1:]`` by `model`, at temperature 1; `options` go to its forward pass."""
     tokens = torch.tensor([ids], device=model.device)  # (1, T)
-    logits = model(input_ids=tokens, use_cache=False).logits[0, :-1].float()  # (T - 1, V)
+    logits = model(input_ids=tokens, use_cache=False, **options).logits[0, :-1].float()  # (T - 1, V)
     picked = logits.log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
     return [float(value) for value in picked]
 
@@ -87,6 +87,8 @@ class WeightSync(ABC):
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
     everywhere: bool = False
     """Each rank has servers of its own, and sends to them what the first one has written."""
+    options: Callable[[int], dict[str, Any]] = lambda length: {}
+    """What the model's forward pass wants beside so many ids, where its attention is not an ordinary one."""
     seconds: float = 0.0
     """Spent in all syncs so far."""
     count: int = 0
@@ -118,8 +120,9 @@ class WeightSync(ABC):
         start = time.perf_counter()
         was_training = model.training
         model.eval()
+        ids = canary_ids(self.tokenizer)
         with self.autocast():
-            expected = score(model, ids := canary_ids(self.tokenizer))
+            expected = score(model, ids, **self.options(len(ids)))
             longer = (ids * (1 + _CACHED // len(ids)))[:_CACHED]
             following = NextToken(longer, score_next(model, longer), self._next_before) if self.whole else None
         ranks = Ranks()
@@ -128,7 +131,7 @@ class WeightSync(ABC):
         canary = Canary(ids, expected, self._before, self.tolerance, following)
         with ranks.together():
             name = f"{self.pool.family}{self._life}-v{self.count}"
-            weights = ranks.first(self._send(model, state, canary, name) if ranks.main else None)
+            weights = ranks.first(self._send(model, state, canary, name, version) if ranks.main else None)
             if self.everywhere and not ranks.main:
                 LOOP.start(self.pool.publish(weights, canary)).result()
             ranks.gather([])  # all have it: what is older may go
@@ -140,7 +143,9 @@ class WeightSync(ABC):
         self.count += 1
         self.seconds += time.perf_counter() - start
 
-    def _send(self, model: Any, state: dict[str, torch.Tensor], canary: Canary, name: str) -> Weights:
+    def _send(
+        self, model: Any, state: dict[str, torch.Tensor], canary: Canary, name: str, version: int | None
+    ) -> Weights:
         if not state:
             raise EngineError("there is no adapter to send", "the model has none", "add `lora: {}` to `model:`")
         spoilt = next((key for key, value in state.items() if not torch.isfinite(value).all()), None)
@@ -155,7 +160,7 @@ class WeightSync(ABC):
             partial.mkdir(parents=True)
             self.write(model, state, partial)
             partial.rename(final)
-        weights = Weights(name, str(final.resolve()), self.whole)
+        weights = Weights(name, str(final.resolve()), self.whole, version)
         LOOP.start(self.pool.publish(weights, canary)).result()
         return weights
 

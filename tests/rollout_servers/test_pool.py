@@ -211,3 +211,36 @@ def test_a_canary_tells_an_old_adapter_from_rounding():
         canary.check(old, "here")
     rounded = [-1.01, -1.99, -3.01]  # bfloat16: farther from both than they are from each other
     assert canary.check(rounded, "here") < 0.05
+
+
+def test_a_turn_ends_with_the_weights_it_began_with():
+    """New weights are loaded, checked and switched to while a turn of the old is under way, which stay for it."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(FaultyServer):
+        def _answer(self, path, body):
+            if body.get("seed") == 0:
+                begun.set()
+                go_on.wait(10)
+            return super()._answer(path, body)
+
+    def versioned(pool, version):
+        name = f"memfactory-test-v{version}"
+        LOOP.start(pool.publish(Weights(name, f"/adapters/{name}", version=version), CANARY)).result()
+
+    def draw(pool, seed):
+        return pool.sample(Draw([seed] * 5, Sampling(), max_tokens=3, stop=[2], seed=seed), base=False)
+
+    with Slow() as server, pool_of(server) as pool:
+        pool.beside = True
+        versioned(pool, 1)
+        old = LOOP.start(draw(pool, 0))
+        assert begun.wait(10)
+        versioned(pool, 2)
+        versioned(pool, 3)
+        assert set(server.adapters) == {"memfactory-test-v1", "memfactory-test-v2", "memfactory-test-v3"}
+        assert LOOP.start(draw(pool, 1)).result().version == 3
+        go_on.set()
+        assert old.result().version == 1
+        versioned(pool, 4)
+        assert set(server.adapters) == {"memfactory-test-v3", "memfactory-test-v4"}, "what nobody needs is unloaded"
