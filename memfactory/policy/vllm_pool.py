@@ -16,6 +16,10 @@ from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from statistics import fmean
 from time import monotonic
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from memfactory.endpoints.failures import Failure, RequestFailed
 from memfactory.errors import EngineError
@@ -23,6 +27,7 @@ from memfactory.policy.base import Sampling
 from memfactory.policy.vllm_needs import BASE
 from memfactory.policy.vllm_server import Draw, Sampled, VLLMServer
 
+Floats = NDArray[np.floating[Any]]
 GONE = frozenset({Failure.CONNECTION, Failure.CUT, Failure.SERVER, Failure.TIMEOUT, Failure.GARBAGE})
 """Failures of the server rather than of the request: another one may answer."""
 PROBE = 1.0
@@ -45,6 +50,22 @@ class NextToken:
 
 
 @dataclass(frozen=True, slots=True)
+class Prefixes:
+    """What follows some prefixes of a prompt; known for every token, because one is drawn after each.
+
+    Where other turns are under way the canary is drawn and not scored: vLLM scores prompts with the requests beside it
+    in mind (0.31 with adapters: its CPU worker ends, "einsum(): subscript b has size ...").
+    """
+
+    lengths: Sequence[int]
+    """Tokens of each of the P prefixes."""
+    expected: Floats
+    """(P, V) log-probs by the trainer's weights of now."""
+    before: Floats | None
+    """The same before the last update."""
+
+
+@dataclass(frozen=True, slots=True)
 class Canary:
     """A prompt whose log-probs are known."""
 
@@ -58,6 +79,8 @@ class Canary:
     following: NextToken | None = None
     """Drawn too, where a server keeps the name of its weights when they change: scores of prompts never come from the
     prefix cache, draws do."""
+    prefixes: Prefixes | None = None
+    """Of `ids`; drawn after, and `ids` are not scored, where turns are under way beside it."""
 
     def check(self, found: Sequence[float], where: str) -> float:
         """Mean difference between the scores `found` and what is expected, in nats.
@@ -73,6 +96,13 @@ class Canary:
         known = self.following
         before = None if known.before is None else [known.before[token]]
         return self._compare([logprob], [known.expected[token]], before, f"the prefix cache of {where}")
+
+    def check_prefixes(self, tokens: Sequence[int], found: Sequence[float], where: str) -> float:
+        """The same for `tokens` that were drawn after the prefixes, by their log-probs there."""
+        assert self.prefixes is not None
+        known, rows = self.prefixes, range(len(tokens))
+        before = None if known.before is None else known.before[rows, tokens].tolist()
+        return self._compare(found, known.expected[rows, tokens].tolist(), before, where)
 
     def _compare(
         self, found: Sequence[float], expected: Sequence[float], before: Sequence[float] | None, where: str
@@ -328,13 +358,21 @@ class ServerPool:
                 await server.reload(weights.name, weights.path)
         elif weights.name not in {model["id"] for model in await server.models()}:
             await server.load(weights.name, weights.path)
-        if canary is not None:
-            found = await server.score(canary.ids, model=model)
-            self.difference = max(self.difference, canary.check(found, f"the vLLM server at {server.url}"))
+        where = f"the vLLM server at {server.url}"
+        if canary is not None and canary.prefixes is not None:
+            asked = [
+                Draw(canary.ids[:length], Sampling(), max_tokens=1, stop=(), seed=length)
+                for length in canary.prefixes.lengths
+            ]
+            turns = await asyncio.gather(*(server.sample(draw, model=model) for draw in asked))
+            own = canary.check_prefixes([turn.ids[0] for turn in turns], [turn.logprobs[0] for turn in turns], where)
+            self.difference = max(self.difference, own)
+        elif canary is not None:
+            self.difference = max(self.difference, canary.check(await server.score(canary.ids, model=model), where))
         if canary is not None and canary.following is not None:
             ask = Draw(canary.following.ids, Sampling(), max_tokens=1, stop=(), seed=1)
             drawn = await server.sample(ask, model=model)
-            canary.check_drawn(drawn.ids[0], drawn.logprobs[0], f"the vLLM server at {server.url}")
+            canary.check_drawn(drawn.ids[0], drawn.logprobs[0], where)
 
     async def _forget(self, place: _Place, kept: Collection[str]) -> None:
         """Unload what this run, or an earlier life of it, has left there; a server has few places for adapters.

@@ -33,12 +33,14 @@ from transformers import PreTrainedTokenizerBase
 from memfactory.checkpoints import saving
 from memfactory.errors import EngineError
 from memfactory.policy.vllm_policy import LOOP
-from memfactory.policy.vllm_pool import Canary, NextToken, ServerPool, Weights
+from memfactory.policy.vllm_pool import Canary, Floats, NextToken, Prefixes, ServerPool, Weights
 from memfactory.train.ranks import Ranks
 
 _TEXT = "Anna moved to Lisbon in May and sold her car. She reads the morning paper on the train to work."
 _LENGTH = 24
 """Fewest tokens of a canary."""
+_DRAWN = 8
+"""Prefixes of the canary after which a token is drawn, where it cannot be scored."""
 _CACHED = 144
 """Tokens of a prompt that is cached: more than a block of vLLM's cache, which has 128 on a CPU and 16 on a GPU."""
 
@@ -60,6 +62,15 @@ def score(model: Any, ids: Sequence[int], **options: Any) -> list[float]:
     logits = model(input_ids=tokens, use_cache=False, **options).logits[0, :-1].float()  # (T - 1, V)
     picked = logits.log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
     return [float(value) for value in picked]
+
+
+@torch.no_grad()
+def score_after(model: Any, ids: Sequence[int], lengths: Sequence[int], **options: Any) -> Floats:
+    """Log-probs (P, V) of every token after the prefixes of `ids` of these P `lengths`; else as :func:`score`."""
+    tokens = torch.tensor([ids], device=model.device)  # (1, T)
+    logits = model(input_ids=tokens, use_cache=False, **options).logits[0, [length - 1 for length in lengths]]
+    found: Floats = logits.float().log_softmax(-1).cpu().numpy()
+    return found
 
 
 @torch.no_grad()
@@ -96,6 +107,7 @@ class WeightSync(ABC):
     """Tells the names of this life of a run from those of an earlier one."""
     _before: list[float] | None = None
     _next_before: list[float] | None = None
+    _drawn_before: Floats | None = None
 
     kept = 2
     """Versions that stay on disk."""
@@ -121,14 +133,17 @@ class WeightSync(ABC):
         was_training = model.training
         model.eval()
         ids = canary_ids(self.tokenizer)
+        lengths = sorted({1 + place * (len(ids) - 1) // _DRAWN for place in range(1, _DRAWN + 1)})
         with self.autocast():
             expected = score(model, ids, **self.options(len(ids)))
+            drawn = score_after(model, ids, lengths, **self.options(len(ids))) if self.pool.beside else None
             longer = (ids * (1 + _CACHED // len(ids)))[:_CACHED]
             following = NextToken(longer, score_next(model, longer), self._next_before) if self.whole else None
         ranks = Ranks()
         state = _whole(self.state(model), ranks.main)
         model.train(was_training)
-        canary = Canary(ids, expected, self._before, self.tolerance, following)
+        prefixes = Prefixes(lengths, drawn, self._drawn_before) if drawn is not None else None
+        canary = Canary(ids, expected, self._before, self.tolerance, following, prefixes)
         with ranks.together():
             name = f"{self.pool.family}{self._life}-v{self.count}"
             weights = ranks.first(self._send(model, state, canary, name, version) if ranks.main else None)
@@ -138,7 +153,7 @@ class WeightSync(ABC):
             if ranks.main:
                 self._tidy()
         self.pool.weights, self.pool.canary = weights, canary
-        self._before = expected
+        self._before, self._drawn_before = expected, drawn
         self._next_before = list(following.expected) if following is not None else None
         self.count += 1
         self.seconds += time.perf_counter() - start

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tenacity import wait_random
 
@@ -22,7 +23,7 @@ from memfactory.errors import EngineError
 from memfactory.policy import vllm_pool
 from memfactory.policy.base import Sampling
 from memfactory.policy.vllm_policy import LOOP
-from memfactory.policy.vllm_pool import Canary, ServerPool, Weights
+from memfactory.policy.vllm_pool import Canary, Prefixes, ServerPool, Weights
 from memfactory.policy.vllm_server import Draw, Sampled, VLLMServer
 from memfactory.recipe import VLLMSection
 
@@ -244,3 +245,16 @@ def test_a_turn_ends_with_the_weights_it_began_with():
         assert old.result().version == 1
         versioned(pool, 4)
         assert set(server.adapters) == {"memfactory-test-v3", "memfactory-test-v4"}, "what nobody needs is unloaded"
+
+
+def test_a_canary_that_is_drawn_tells_other_weights_and_those_from_before():
+    table = np.log(np.random.default_rng(0).dirichlet(np.ones(5), size=3))  # (P, V)
+    before = np.log(np.exp(table) * 0.999)
+    canary = Canary([1, 2, 3], [], None, 0.05, None, Prefixes([1, 2, 3], table, before))
+    tokens = [4, 0, 2]
+    right = [float(table[place, token]) for place, token in enumerate(tokens)]
+    assert canary.check_prefixes(tokens, right, "here") == pytest.approx(0, abs=1e-12)
+    with pytest.raises(EngineError, match="those before the update"):
+        canary.check_prefixes(tokens, [float(before[place, token]) for place, token in enumerate(tokens)], "here")
+    with pytest.raises(EngineError, match=r"log-probs differ by 0\.1 on average"):
+        canary.check_prefixes(tokens, [value + 0.1 for value in right], "here")
