@@ -56,10 +56,10 @@ def rollout_metrics(
     return metrics
 
 
-def log_episodes(
-    run: RunFolder, step: int, episodes: Sequence[Episode], assessment: Assessment, ranks: Ranks, count: int
+def log_rollout(
+    run: RunFolder, ranks: Ranks, step: int, episodes: Sequence[Episode], assessment: Assessment, count: int
 ) -> None:
-    """Write the first `count` episodes to the run folder, those on which judges and rules disagree most, and what
+    """Write the first `count` episodes for update `step` to the run folder, those on which judges and rules disagree most, and what
     each reward dimension did. Every rank must call it; the first one writes."""
     wanted = {item["episode"] for item in assessment.record["disagreements"]} if count else set()
     shown, others = episodes[:count], [episode for episode in episodes[count:] if episode.id in wanted]

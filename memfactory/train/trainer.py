@@ -67,7 +67,7 @@ from memfactory.train.health import Health
 from memfactory.train.learners import Learners
 from memfactory.train.ledger import Ledger, Played, play
 from memfactory.train.ranks import Ranks
-from memfactory.train.rollout_log import log_episodes, rollout_metrics
+from memfactory.train.rollout_log import log_rollout, rollout_metrics
 from memfactory.train.rows import Row, build_rows, collate, cut, deal, loss_weights
 from memfactory.train.scoring import CompletionScorer
 from memfactory.train.sharding import placed, unsharded, whole_state_dict
@@ -76,7 +76,7 @@ from memfactory.train.step_clock import StepClock
 _BUFFER_FILE = "rollout_buffer.pt"
 # What stateful parts of rewards may keep beside plain data: numpy's arrays and numbers, which a checkpoint is else
 # written with and cannot be read with again.
-_NUMPY: list[Any] = [
+NUMPY: list[Any] = [
     np.ndarray,
     np.dtype,
     np.zeros(1).__reduce__()[0],
@@ -320,7 +320,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         start = time.perf_counter()
         with self._sampling_model() as sampling_model:
             self.policy.use(sampling_model, self.state.global_step)
-            seed = _seed(self.args.seed, self.state.global_step, self._step, rank)
+            seed = seed_of(self.args.seed, self.state.global_step, self._step, rank)
             self.policy.seed(seed)
             self.learners.seed(seed)
             measuring = self.parts.rewards.begin()
@@ -392,7 +392,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
             episodes,
             measuring.finish(episodes, gather),
             scale_rewards=self.scale_rewards,
-            seed=_seed(self.args.seed, "shuffle", self._step),
+            seed=seed_of(self.args.seed, "shuffle", self._step),
             gather=gather,
             rank=self.ranks.own,
             max_failed_share=self.parts.rollout.max_failed_share,
@@ -446,7 +446,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         steps, accumulation = self.args.steps_per_generation, self.args.gradient_accumulation_steps
         windows = steps // accumulation if steps % accumulation == 0 else 1
         plan: list[list[list[Row]]] = []
-        for window in _windows(rows, len(measured), windows, _seed(self.args.seed, "windows", self._step)):
+        for window in _windows(rows, len(measured), windows, seed_of(self.args.seed, "windows", self._step)):
             plan += deal(cut(window, self.parts.rollout.train_token_budget), steps // windows)
 
         self._entering = {}
@@ -496,7 +496,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         self.totals["generated_tokens"] += int(measured["tokens/generated"])
         step = self.state.global_step + 1  # the update these episodes are for
         if self.parts.run is not None and step % max(int(self.args.logging_steps), 1) == 0:
-            log_episodes(self.parts.run, step, episodes, assessment, self.ranks, self.parts.rollout.log_episodes)
+            log_rollout(self.parts.run, self.ranks, step, episodes, assessment, self.parts.rollout.log_episodes)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training and "loss" in logs and self._computed_tokens[1]:
@@ -598,7 +598,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         path = Path(checkpoint) / f"{self.ranks.own}_{_BUFFER_FILE}"
         if not path.is_file():
             raise EngineError(f"{checkpoint}: not a checkpoint of this trainer", f"{path.name} is missing")
-        with self._reading(checkpoint), torch.serialization.safe_globals(_NUMPY):
+        with self._reading(checkpoint), torch.serialization.safe_globals(NUMPY):
             super()._load_optimizer_and_scheduler(checkpoint)
             state = torch.load(path, map_location=self.args.device, weights_only=True)
         self._step, self._buffer = state["step"], state["buffer"]
@@ -628,6 +628,6 @@ def _windows(rows: list[Row], episodes: int, count: int, seed: int) -> list[list
     return [[row for row in rows if window_of[row.episode] == window] for window in range(count)]
 
 
-def _seed(*parts: object) -> int:
+def seed_of(*parts: object) -> int:
     """A 63-bit seed that depends on all `parts`; a resumed run draws the same numbers."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "big") >> 1
