@@ -309,12 +309,24 @@ class VLLMSection(_Section):
     where servers are on the trainer's machine and all weights are sent. Absent: `adapters` in the run folder."""
 
 
+class AsyncSection(_Section):
+    """How far sampling may run ahead of training (`rollout.engine: async`). Named as in TRL's `AsyncGRPOConfig`."""
+
+    max_staleness: int = Field(default=4, ge=0)
+    """Most updates between the weights that sampled a turn and those it trains. 0: sampling and training take turns.
+    So many generation batches, and one more, are under way at once."""
+    weight_sync_steps: int = Field(default=1, ge=1)
+    """Updates between two times that the servers are sent the adapter; at most `max_staleness` + 1."""
+
+
 class RolloutSection(_Section):
     """How and where turns are sampled, and limits of training micro-batches: speed and memory, not results."""
 
-    engine: Literal["transformers", "vllm"] = "transformers"
-    """`transformers`: in this process. `vllm`: on servers, see `vllm`."""
+    engine: Literal["transformers", "vllm", "async"] = "transformers"
+    """`transformers`: in this process. `vllm`: on servers, see `vllm`. `async`: on servers, and while training goes
+    on, see `async_grpo`."""
     vllm: VLLMSection = VLLMSection()
+    async_grpo: AsyncSection = AsyncSection()
     generate_token_budget: int = Field(default=65536, ge=1)
     """Most key-value cache positions (sequences x longest sequence) in one generation batch."""
     train_token_budget: int = Field(default=16384, ge=1)
@@ -325,6 +337,11 @@ class RolloutSection(_Section):
     rerolls: RerollSection = RerollSection()
     log_episodes: int = Field(default=16, ge=0)
     """Training episodes written to `episodes.jsonl` at every log step."""
+
+    @property
+    def served(self) -> bool:
+        """Whether turns come from vLLM servers."""
+        return self.engine in ("vllm", "async")
 
 
 class EvalSection(_Section):

@@ -84,7 +84,7 @@ const CHARTS = [
   { title: "Completion length", note: "Tokens per turn.", phase: "train", zero: true, series: [["completions/mean_length", "mean"]] },
   { title: "Time per step", note: "Where the seconds go.", phase: "train", stack: true, wide: true, format: show.seconds,
     series: [["time/generate", "generate"], ["time/reward", "reward"], ["time/train", "train"],
-             ["time/optimizer", "optimizer"], ["time/other", "other"]] },
+             ["time/optimizer", "optimizer"], ["time/other", "other"], ["time/wait", "wait for episodes"]] },
   { title: "Loss", phase: "train", more: true, series: [["loss", "loss"]] },
   { title: "Gradient norm", phase: "train", more: true, zero: true, series: [["grad_norm", "norm"]] },
   { title: "Learning rate", phase: "train", more: true, zero: true, series: [["learning_rate", "rate"]] },

@@ -20,19 +20,20 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def unfit(recipe: Recipe) -> list[MemFactoryError]:
-    """What in a recipe does not go with `rollout.engine: vllm`; empty for any other engine."""
+    """What in a recipe does not go with `rollout.engine: vllm` or `async`; empty for any other engine."""
     errors: list[MemFactoryError] = []
-    if recipe.rollout.engine != "vllm":
+    engine = recipe.rollout.engine
+    if not recipe.rollout.served:
         return errors
     before = [name for name, section in recipe.modules.items() if section.policy == "initial"]
     if recipe.model.lora is None and before:
         why = "all weights are trained, so the servers have those from before training no more"
         fix = "add `lora: {r: 16}` to `model:`, or name the model under `policies:`"
-        errors.append(RecipeError(f"modules.{before[0]}.policy: initial with rollout.engine vllm", why, fix))
+        errors.append(RecipeError(f"modules.{before[0]}.policy: initial with rollout.engine {engine}", why, fix))
     for name, neutral in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0), ("repetition_penalty", 1.0)):
         if recipe.train.get(name) not in (None, neutral):
             why = "vLLM's log-probs are then those of the cut distribution, and the trainer's are not"
-            errors.append(RecipeError(f"train.{name}: not with rollout.engine vllm", why, "leave it out"))
+            errors.append(RecipeError(f"train.{name}: not with rollout.engine {engine}", why, "leave it out"))
     if recipe.model.lora is not None and recipe.model.lora.r > RANKS[-1]:
         errors.append(RecipeError(f"model.lora.r: {recipe.model.lora.r}", "vLLM takes at most 512", "lower it"))
     return errors
@@ -51,6 +52,15 @@ def base_model(recipe: Recipe, folder: Path) -> str:
         assert model.name is not None
         return model.name
     return str((folder / "initial").resolve())
+
+
+def adapters_at_once(recipe: Recipe) -> int:
+    """How many of the recipe's adapters a server holds at the same time (`--max-loras`).
+
+    Turns that are under way keep the adapter they began with: those of the last `max_staleness` updates, that of now,
+    and the one that is being loaded.
+    """
+    return recipe.rollout.async_grpo.max_staleness + 2 if recipe.rollout.engine == "async" else 2
 
 
 def lora_rank(recipe: Recipe) -> int:

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from memfactory.errors import EngineError, RecipeError
-from memfactory.policy.vllm_needs import BASE, base_model, lora_rank
+from memfactory.policy.vllm_needs import BASE, adapters_at_once, base_model, lora_rank
 from memfactory.recipe import Recipe
 
 SERVER = "vllm.entrypoints.openai.api_server"
@@ -68,7 +68,7 @@ def arguments(recipe: Recipe, folder: Path, options: ServerOptions, *, gpu: bool
     Raises:
         RecipeError: the recipe does not sample with vLLM, or the port is not given by it.
     """
-    if recipe.rollout.engine != "vllm":
+    if not recipe.rollout.served:
         raise RecipeError(
             "this recipe samples in the trainer's own process",
             f"rollout.engine is {recipe.rollout.engine}",
@@ -81,7 +81,8 @@ def arguments(recipe: Recipe, folder: Path, options: ServerOptions, *, gpu: bool
     flags += ["--dtype", "bfloat16" if recipe.train.get("bf16") and gpu else recipe.model.dtype]
     if recipe.model.lora is not None:
         flags += ["--enable-lora", "--max-lora-rank", str(lora_rank(recipe))]
-        flags += ["--max-loras", "2", "--max-cpu-loras", str(ADAPTERS_IN_MEMORY)]
+        loras = adapters_at_once(recipe)
+        flags += ["--max-loras", str(loras), "--max-cpu-loras", str(max(loras, ADAPTERS_IN_MEMORY))]
     # log-probs of the distribution that is drawn from, and no defaults of the model's own
     flags += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
     flags += ["--enable-prefix-caching"]

@@ -89,7 +89,7 @@ class RunLog(TrainerCallback):
         if self.run is not None:
             self.run.log_metrics(state.global_step, numbers, phase="train")
         seconds = sum(
-            logs.get(f"time/{part}") or 0.0 for part in ("generate", "reward", "train", "optimizer", "other")
+            logs.get(f"time/{part}") or 0.0 for part in ("wait", "generate", "reward", "train", "optimizer", "other")
         )
         self.progress.console.print(
             f"step {state.global_step:>4}/{state.max_steps}  reward {_shown(logs.get('reward'))} "

@@ -27,6 +27,7 @@ REASONS = {
     "unscored": "fewer episodes than can be compared could be scored",
     "truncated": "what could be learned from stands in turns that were cut, which are masked",
     "frozen": "no turn of it is the trained model's",
+    "stale": "the weights that sampled it were too many updates old by its turn",
     "no room": "it was left over at the end of a pass: too few for a generation batch",
     "run ended": "the last update came before it was its turn",
 }

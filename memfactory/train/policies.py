@@ -43,7 +43,7 @@ def route(
     Raises:
         EngineError: a server does not fit the recipe.
     """
-    if recipe.rollout.engine == "vllm":
+    if recipe.rollout.served:
         from memfactory.train.serving import served  # its libraries are an extra
 
         return _route_served(recipe, served(recipe, trained, folder))

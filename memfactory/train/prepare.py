@@ -23,6 +23,7 @@ from memfactory.recipe import Recipe, apply_overrides, nearest, read_yaml, schem
 from memfactory.reward.catalogue import WeightedDimension, load_dimension
 from memfactory.reward.system import RewardSystem
 from memfactory.train.config import alone, check_train
+from memfactory.train.learners import Learner
 from memfactory.train.policies import trains
 
 
@@ -96,6 +97,10 @@ def prepare(path: Path, overrides: Sequence[str] = (), splits: Collection[Split]
     rewards = attempt(lambda: RewardSystem.from_recipe(recipe), errors)
     errors += _unfit(recipe, agent) if agent is not None else []
     errors += unfit(recipe) + quantization.unfit(recipe)
+    if recipe.rollout.engine == "async":
+        from memfactory.train.async_config import check_async  # imports TRL's experimental part
+
+        errors += check_async(recipe)
     if recipe.eval.metric not in [section.label or section.name for section in recipe.rewards]:
         attempt(lambda: load_dimension(recipe.eval.metric), errors)
     if errors:
@@ -122,6 +127,16 @@ def _unfit(recipe: Recipe, agent: Agent) -> list[MemFactoryError]:
     for name in recipe.modules:
         if names and name not in names:
             errors.append(RecipeError(f"modules.{name}: agent {recipe.agent.name} has none", "", nearest(name, names)))
+    if recipe.rollout.engine == "async":
+        errors += [
+            RecipeError(
+                f"rollout.engine: async with {module.name}",
+                "it learns beside the policy, from every batch and for the next one",
+                "rollout.engine=vllm",
+            )
+            for module in getattr(agent, "modules", ())
+            if isinstance(module, Learner)
+        ]
     asked = [module.name for module in getattr(agent, "modules", ()) if hasattr(module, "render")]
     compared = recipe.credit.advantage not in GROUPLESS and (not asked or any(trains(recipe, name) for name in asked))
     if recipe.train.get("num_generations") == 1 and compared:

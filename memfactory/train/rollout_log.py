@@ -59,8 +59,8 @@ def rollout_metrics(
 def log_rollout(
     run: RunFolder, ranks: Ranks, step: int, episodes: Sequence[Episode], assessment: Assessment, count: int
 ) -> None:
-    """Write the first `count` episodes for update `step` to the run folder, those on which judges and rules disagree most, and what
-    each reward dimension did. Every rank must call it; the first one writes."""
+    """Write the batch that update `step` is made from to the run folder: the first `count` episodes, those on which
+    judges and rules disagree most, and what each reward dimension did. Every rank must call it; the first writes."""
     wanted = {item["episode"] for item in assessment.record["disagreements"]} if count else set()
     shown, others = episodes[:count], [episode for episode in episodes[count:] if episode.id in wanted]
     if ranks.count > 1:  # the widest disagreements can be on any rank

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from rich.console import Console
@@ -33,6 +33,9 @@ from memfactory.train.signals import Interrupted, StopOnSignal
 from memfactory.train.start import save_whole, starting_model
 from memfactory.train.summary import Clock, facts, peak_memory
 from memfactory.train.trainer import EpisodeGRPOTrainer, Parts
+
+if TYPE_CHECKING:
+    from memfactory.train.async_trainer import AsyncEpisodeTrainer  # imports TRL's experimental part
 
 
 def train(prepared: Prepared, *, start_over: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -91,6 +94,12 @@ def _train(
     if recipe.model.quantization is not None and (asked.fsdp or asked.deepspeed):
         raise divided(asked.words)
     ranks = Ranks()
+    if recipe.rollout.engine == "async":
+        from memfactory.train.async_config import check_attention, several_processes
+
+        if ranks.count > 1:
+            raise several_processes(ranks.count)
+        check_attention()
     with ranks.together():
         aside = ranks.first(run.set_aside() if start_over and ranks.main else None)
     if aside is not None:
@@ -129,6 +138,7 @@ def _train(
     if recipe.warmup is not None:
         transformers.set_seed(recipe.seed)  # what follows is the same where the warm-up was done before a kill
     trainer = _trainer(prepared, run, model, tokenizer, config, [RunLog(run, console, config.max_steps), stop])
+    del model  # the trainer has it, or one of its own
     closing = held.enter_context(ExitStack())  # whatever ends the run
     closing.callback(trainer.policy.close)
     closing.callback(prepared.rewards.close)
@@ -188,10 +198,10 @@ def _trainer(
     tokenizer: PreTrainedTokenizerBase,
     config: GRPOConfig,
     callbacks: list[Any],
-) -> EpisodeGRPOTrainer:
+) -> EpisodeGRPOTrainer | AsyncEpisodeTrainer:
     recipe = prepared.recipe
     initial, ranks = run.path / "initial", Ranks()
-    serving = recipe.rollout.engine == "vllm"
+    serving = recipe.rollout.served
     with ranks.together():
         if serving and ranks.main:  # what the servers wait for
             if base_model(recipe, run.path) == str(initial.resolve()) and not initial.is_dir():
@@ -204,23 +214,31 @@ def _trainer(
                 save_whole(model, tokenizer, initial)
         # TRL loads the reference model by name; the name of our starting point is its folder
         model.config._name_or_path = str(initial)
-    trainer = EpisodeGRPOTrainer(
-        Parts(
-            agent=prepared.agent,
-            train_tasks=prepared.train_tasks,
-            eval_tasks=prepared.eval_tasks,
-            rewards=prepared.rewards,
-            rollout=recipe.rollout,
-            eval=prepared.eval_options,
-            run=run,
-            route=lambda trained: _route(recipe, trained, initial, run.path),
-        ),
-        model,
-        config,
-        processing_class=tokenizer,
-        peft_config=lora_config(recipe.model.lora) if recipe.model.lora else None,
-        callbacks=callbacks,
+    parts = Parts(
+        agent=prepared.agent,
+        train_tasks=prepared.train_tasks,
+        eval_tasks=prepared.eval_tasks,
+        rewards=prepared.rewards,
+        rollout=recipe.rollout,
+        eval=prepared.eval_options,
+        run=run,
+        route=lambda trained: _route(recipe, trained, initial, run.path),
     )
+    options = {
+        "processing_class": tokenizer,
+        "peft_config": lora_config(recipe.model.lora) if recipe.model.lora else None,
+        "callbacks": callbacks,
+    }
+    trainer: EpisodeGRPOTrainer | AsyncEpisodeTrainer
+    if recipe.rollout.engine == "async":
+        from memfactory.train.async_config import build_async_config
+        from memfactory.train.async_trainer import AsyncEpisodeTrainer
+
+        asynchronous = build_async_config(config, recipe, len(prepared.train_tasks))
+        # TRL loads the model itself, with its own attention, from where the servers load it
+        trainer = AsyncEpisodeTrainer(parts, base_model(recipe, run.path), asynchronous, config, **options)
+    else:
+        trainer = EpisodeGRPOTrainer(parts, model, config, **options)
     for noisy in (PrinterCallback, ProgressCallback):  # their lines are replaced by ours
         trainer.remove_callback(noisy)
     return trainer
@@ -232,7 +250,9 @@ def _route(recipe: Recipe, trained: TransformersPolicy, initial: Path, folder: P
         return route(recipe, trained, lambda: load_checkpoint(initial, recipe.model), folder)
 
 
-def _evaluate(prepared: Prepared, trainer: EpisodeGRPOTrainer, run: RunFolder, console: Console) -> dict[str, float]:
+def _evaluate(
+    prepared: Prepared, trainer: EpisodeGRPOTrainer | AsyncEpisodeTrainer, run: RunFolder, console: Console
+) -> dict[str, float]:
     with trainer.ranks.together(), progress_bar(console) as progress, trainer._sampling_model() as plain:
         trainer.policy.use(plain, trainer.state.global_step)
         options, share = prepared.eval_options, trainer.ranks.sharing

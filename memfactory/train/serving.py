@@ -16,7 +16,7 @@ from memfactory.endpoints.failures import RequestFailed
 from memfactory.endpoints.tally import Tally
 from memfactory.errors import EngineError
 from memfactory.policy.transformers_backend import TransformersPolicy
-from memfactory.policy.vllm_needs import BASE, TESTED, base_model, lora_rank
+from memfactory.policy.vllm_needs import BASE, TESTED, adapters_at_once, base_model, lora_rank
 from memfactory.policy.vllm_policy import LOOP, VLLMPolicy
 from memfactory.policy.vllm_pool import ServerPool
 from memfactory.policy.vllm_process import RolloutServer, colocated
@@ -150,6 +150,9 @@ async def _check_flags(server: VLLMServer, recipe: Recipe) -> None:
         flags.append("--enable-lora")
     if recipe.model.lora is not None and (rank is None or int(rank) < lora_rank(recipe)):
         flags.append(f"--max-lora-rank {lora_rank(recipe)}")
+    held = found.get("lora_config.max_loras")
+    if recipe.rollout.engine == "async" and held is not None and int(held) < adapters_at_once(recipe):
+        flags.append(f"--max-loras {adapters_at_once(recipe)}")
     mode = found.get("model_config.logprobs_mode")
     if mode is not None and "processed_logprobs" not in str(mode).lower():
         flags.append("--logprobs-mode processed_logprobs")

@@ -8,12 +8,15 @@ import sys
 import time
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from memfactory.train.prepare import Prepared
 from memfactory.train.trainer import EpisodeGRPOTrainer
+
+if TYPE_CHECKING:
+    from memfactory.train.async_trainer import AsyncEpisodeTrainer
 
 
 @dataclass
@@ -34,7 +37,7 @@ class Clock:
         }
 
 
-def facts(prepared: Prepared, trainer: EpisodeGRPOTrainer) -> dict[str, Any]:
+def facts(prepared: Prepared, trainer: EpisodeGRPOTrainer | AsyncEpisodeTrainer) -> dict[str, Any]:
     """What is known before the first step."""
     recipe = prepared.recipe
     plain = trainer.accelerator.unwrap_model(trainer.model)
