@@ -172,6 +172,8 @@ def build_async_config(config: GRPOConfig, recipe: Recipe, tasks: int) -> AsyncG
         "max_staleness": section.max_staleness,
         "weight_sync_steps": section.weight_sync_steps,
         "fork_threshold_tokens": 0,  # every sampled token is trained: rows are ours, and this would mask some
-        "eval_strategy": "no",  # set again by the trainer: TRL's wants no held-out set
+        # set again by the trainer: TRL's takes no held-out set
+        "eval_strategy": "no",
+        "load_best_model_at_end": False,
     }
     return AsyncGRPOConfig(**values)

@@ -117,7 +117,7 @@ class AsyncEpisodeTrainer(AsyncGRPOTrainer):
             **kwargs,
         )
         self.args.eval_strategy = IntervalStrategy(recipe_args.eval_strategy)
-        self.args.eval_steps = recipe_args.eval_steps
+        self.args.load_best_model_at_end = recipe_args.load_best_model_at_end
         self.worker = worker
         plain = self.accelerator.unwrap_model(self.model)
         base = plain.get_base_model() if hasattr(plain, "get_base_model") else plain

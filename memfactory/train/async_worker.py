@@ -14,6 +14,7 @@ behind them (the admission rule of AReaL, arXiv 2505.24298, by batches). So no t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import queue
 import threading
@@ -122,15 +123,21 @@ class EpisodeRolloutWorker:
         thread, self._thread = self._thread, None
         if thread is None:
             return
-        if self._loop is not None and self._main is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._main.cancel)
+        if self._main is not None:
+            self._tell(self._main.cancel)
         thread.join()
 
     def update_model_version(self, model_version: int) -> None:
         """The servers have the weights after `model_version` updates."""
         self._version = model_version
-        if self._loop is not None and self._moved is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._moved.set)
+        if self._moved is not None:
+            self._tell(self._moved.set)
+
+    def _tell(self, call: Callable[[], object]) -> None:
+        """Make `call` in the worker's loop; when all batches were made, there is none any more."""
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(call)
 
     def check_health(self, stale_after_s: float) -> None:
         """See that there will be another batch. `stale_after_s` is not used: every request and every measurement has a
@@ -141,7 +148,7 @@ class EpisodeRolloutWorker:
         """
         if self._error is not None:
             raise self._error
-        if self._thread is None or not self._thread.is_alive():
+        if (self._thread is None or not self._thread.is_alive()) and self.rollout_buffer.empty():
             raise EngineError(
                 "nothing is sampled any more, and an update waits for episodes",
                 f"batches {self.first} to {self.last - 1} were made",

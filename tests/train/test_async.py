@@ -23,8 +23,9 @@ from transformers import TrainerCallback
 from trl.experimental.async_grpo import async_grpo_trainer, packing
 
 from memfactory.checkpoints import damage
+from memfactory.cli.recipes import find_recipe
 from memfactory.episode import Episode, StopReason, Task, Turn
-from memfactory.errors import EngineError, RecipeError, RewardError
+from memfactory.errors import EngineError, RecipeError, RecipeErrors, RewardError
 from memfactory.policy.routing import RoutedPolicy
 from memfactory.recipe import AsyncSection, CreditSection, Recipe, RolloutSection
 from memfactory.reward.aggregate import WeightedSum
@@ -33,6 +34,7 @@ from memfactory.train.async_config import LOSS_TYPES, build_async_config, check_
 from memfactory.train.async_trainer import AsyncEpisodeTrainer, _Order
 from memfactory.train.async_worker import EpisodeRolloutWorker, Rules
 from memfactory.train.folding import fold, pack, passes, split_stale
+from memfactory.train.prepare import prepare
 from memfactory.train.rows import Row
 from memfactory.train.trainer import EpisodeGRPOTrainer, Parts, seed_of
 from tests.rollout_servers.async_on_cpu import attention
@@ -374,6 +376,12 @@ def test_what_it_cannot_do_is_refused_with_the_fix(change, words):
     assert error.fix
     plain = asked.model_copy(update={"rollout": RolloutSection()})
     assert check_async(plain) == []
+
+
+def test_what_learns_beside_the_policy_is_refused():
+    changes = ["rollout.engine=async", "model.lora={r: 4}", "train.num_generations=2", "credit.advantage=null"]
+    with pytest.raises(RecipeErrors, match=r"rollout\.engine: async with \w+: it learns beside the policy"):
+        prepare(find_recipe("rmm/quickstart"), changes, ())
 
 
 def test_every_field_of_trls_that_a_recipe_may_set_is_passed_on(bench, tmp_path):
