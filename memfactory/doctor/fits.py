@@ -131,7 +131,7 @@ def check_shared(plan: Plan, gpus: int) -> Iterable[Check]:
         gpus: of this machine.
     """
     section = plan.recipe.rollout
-    local = section.engine == "vllm" and any(Address.of(url).local for url in section.vllm.base_urls)
+    local = section.served and any(Address.of(url).local for url in section.vllm.base_urls)
     if not local or plan.settings.cpu or gpus == 0 or plan.per_node < gpus:
         return
     share = f"rollout.vllm.gpu_memory_utilization is {section.vllm.gpu_memory_utilization:g}"

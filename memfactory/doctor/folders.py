@@ -53,7 +53,7 @@ def folder_checks(recipe: Recipe, plan: Plan | None) -> Iterable[Check]:
         yield Check("run folder", f"{path} ({holds})", "writable")
     if plan is not None:
         yield check_room(plan, shutil.disk_usage(place).free)
-    named = recipe.rollout.vllm.adapters if recipe.rollout.engine == "vllm" else None
+    named = recipe.rollout.vllm.adapters if recipe.rollout.served else None
     if named is not None:
         wrong = _written(nearest_folder(Path(named)))
         fix = "rollout.vllm.adapters=... a folder that trainer and servers share, and the trainer may write"

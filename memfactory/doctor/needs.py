@@ -41,7 +41,7 @@ def recipe_packages(recipe: Recipe, config: str | None = None) -> Iterable[Check
 
 def _speaks_http(recipe: Recipe) -> bool:
     endpoints = [section.base_url for section in recipe.policies.values()]
-    return recipe.rollout.engine == "vllm" or any([*endpoints, recipe.judge.base_url])
+    return recipe.rollout.served or any([*endpoints, recipe.judge.base_url])
 
 
 def _deepspeed(config: str | None) -> bool:

@@ -69,7 +69,7 @@ def recipe(asked: Asked) -> Iterable[Check]:
         if plan is not None:
             yield from _of_plan(prepared, request, plan)
     yield from folder_checks(loaded, plan)
-    if loaded.rollout.engine == "vllm":
+    if loaded.rollout.served:
         yield from _servers(prepared, asked.typed)
 
 

@@ -223,7 +223,7 @@ def caveats(recipe: Recipe, settings: Settings) -> list[MemFactoryError]:
     if recipe.model.lora is not None and recipe.model.dtype == "float32" and precision(recipe.train) == "bf16":
         why = "frozen weights need no float32 masters"
         found.append(RecipeError("model.lora with model.dtype=float32", why, "model.dtype=bfloat16 halves them"))
-    if recipe.rollout.engine == "vllm" and recipe.rollout.vllm.mode == "colocate" and not settings.cpu:
+    if recipe.rollout.served and recipe.rollout.vllm.mode == "colocate" and not settings.cpu:
         why = "the servers take their share of the same devices, which the estimate of memory leaves out"
         found.append(RecipeError("rollout.vllm.mode: colocate", why, "rollout.vllm.gpu_memory_utilization sets it"))
     if settings.cpu and precision(recipe.train) == "fp16":

@@ -24,7 +24,7 @@ def unfit(recipe: Recipe) -> list[MemFactoryError]:
         why = "the warm-up trains all weights, and quantized ones cannot be trained"
         fix = "leave one of them out, or warm up first and quantize what that run saved (model.name: RUN/initial)"
         errors.append(RecipeError("model.quantization with warmup", why, fix))
-    if recipe.rollout.engine == "vllm":
+    if recipe.rollout.served:
         why = "vLLM serves the weights as they are stored: turns would come from another model than the trained one"
         fix = "rollout.engine=transformers, or leave model.quantization out"
         errors.append(RecipeError("model.quantization with rollout.engine: vllm", why, fix))
