@@ -56,7 +56,8 @@ def doctor(
 def show(checks: list[Check]) -> None:
     """Print a table."""
     table = Table("", "", "found", "supported", "fix", box=None, header_style="bold", pad_edge=False)
-    table.columns[4].overflow = "fold"  # a command to copy: never cut short
+    for column in (2, 4):  # paths, and commands to copy: never cut short
+        table.columns[column].overflow = "fold"
     for check in checks:
         level = Text(check.level.value, style=_STYLES[check.level])
         table.add_row(level, check.name, check.found, check.supported, check.fix)
