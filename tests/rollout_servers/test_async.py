@@ -6,13 +6,18 @@ import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+from vllm_serving import ask, fresh_logprobs, prompts
 
 from memfactory.policy.vllm_needs import BASE
 from memfactory.policy.vllm_policy import LOOP
@@ -32,6 +37,32 @@ def even(episode):
     ids = [id for turn in episode.turns for id in turn.completion_ids]
     return sum(id % 2 == 0 for id in ids) / len(ids)
 '''
+
+
+def test_a_turn_ends_with_the_adapter_it_began_with(serving: Any) -> None:
+    """Two adapters at a real server at once: log-probs of each turn are those of the version it carries."""
+    policy, models = serving.policy("beside"), [serving.model(seed=version) for version in range(2)]
+    policy.pool.beside = True
+    policy.use(models[0], 0)
+    old_name = policy.pool.weights.name
+    with ThreadPoolExecutor(1) as threads:
+        old = threads.submit(ask, policy.apart(), prompts(6), 300)
+        while not policy.pool._places[0].under_way[old_name]:
+            time.sleep(0.01)
+        policy.use(models[1], 1)
+        assert policy.pool._places[0].under_way[old_name], "nothing of the old version was under way any more"
+        new = ask(policy, prompts(4), 20)
+        turns = [*old.result(), *new]
+    assert {turn.policy_version for turn in new} == {1}
+    assert {turn.policy_version for turn in turns[:6]} == {0}
+    for turn in turns:
+        apart = torch.tensor(turn.logprobs) - fresh_logprobs(models[turn.policy_version], turn)
+        assert apart.abs().max() < 1e-4
+    assert policy.pool.difference < 1e-4
+    policy.use(models[0], 2)
+    held = LOOP.start(policy.pool.servers[0].models()).result()
+    assert old_name not in {model["id"] for model in held}, "nobody needs it any more"
+    policy.close()
 
 
 def recipe_for(serving: Any, folder: Path) -> Path:
