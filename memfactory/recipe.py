@@ -292,7 +292,7 @@ class VLLMSection(_Section):
     max_model_len: int | None = Field(default=None, ge=1)
     """Longest prompt and completion together, in tokens (`--max-model-len`). Absent: the model's own."""
     gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
-    """Share of a GPU's memory the server takes. Absent: 0.9, colocated 0.3."""
+    """Share of a GPU's memory the server takes. Absent: 0.9, colocated 0.3; see `gpu_share`."""
     concurrency: int = Field(default=256, ge=1)
     """Most requests under way at once at one server."""
     deadline: float = Field(default=600.0, gt=0)
@@ -307,6 +307,11 @@ class VLLMSection(_Section):
     adapters: str | None = None
     """Folder of what is sent, adapters or weights, readable under this path by every server; in memory (`/dev/shm`)
     where servers are on the trainer's machine and all weights are sent. Absent: `adapters` in the run folder."""
+
+    @property
+    def gpu_share(self) -> float:
+        """`gpu_memory_utilization`, or what stands for it."""
+        return self.gpu_memory_utilization or (0.3 if self.mode == "colocate" else 0.9)
 
 
 class AsyncSection(_Section):

@@ -132,9 +132,9 @@ def check_shared(plan: Plan, gpus: int) -> Iterable[Check]:
     """
     section = plan.recipe.rollout
     local = section.served and any(Address.of(url).local for url in section.vllm.base_urls)
-    if not local or plan.settings.cpu or gpus == 0 or plan.per_node < gpus:
+    if section.vllm.mode == "colocate" or not local or plan.settings.cpu or gpus == 0 or plan.per_node < gpus:
         return
-    share = f"rollout.vllm.gpu_memory_utilization is {section.vllm.gpu_memory_utilization:g}"
+    share = f"rollout.vllm.gpu_memory_utilization is {section.vllm.gpu_share:g}"
     fix = (
         f"leave the servers one: --gpus {gpus - 1}, and CUDA_VISIBLE_DEVICES={gpus - 1} for serve-rollouts"
         if gpus > 1

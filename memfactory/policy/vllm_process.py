@@ -75,7 +75,6 @@ def arguments(recipe: Recipe, folder: Path, options: ServerOptions, *, gpu: bool
             "add rollout.engine=vllm, here and to the command that trains",
         )
     section = recipe.rollout.vllm
-    memory = section.gpu_memory_utilization or (0.3 if section.mode == "colocate" else 0.9)
     flags = ["--model", base_model(recipe, folder), "--served-model-name", BASE]
     flags += ["--host", options.host, "--port", str(port_of(recipe, options))]
     flags += ["--dtype", "bfloat16" if recipe.train.get("bf16") and gpu else recipe.model.dtype]
@@ -91,7 +90,7 @@ def arguments(recipe: Recipe, folder: Path, options: ServerOptions, *, gpu: bool
     if recipe.model.trust_remote_code:
         flags += ["--trust-remote-code"]
     if gpu:
-        flags += ["--gpu-memory-utilization", str(memory)]
+        flags += ["--gpu-memory-utilization", str(section.gpu_share)]
     else:
         flags += ["--enforce-eager"]  # compiling takes longer on a CPU than it can win back
         # a prompt that is prefilled in pieces and drawn from a seed of its own ends vLLM 0.31's CPU worker

@@ -17,12 +17,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # `engines` is shared by fol
 
 from engines import engine_python
 
+from memfactory.policy.vllm_process import MARK
+
 pytestmark = pytest.mark.slow
 
 
 def command(folder: Path, *overrides: str) -> list[str]:
     recipe = ["memagent/quickstart-vllm", f"output_dir={folder}", "rollout.vllm.mode=colocate", *overrides]
-    small = ["warmup.steps=20", "environment.train_tasks=32", "environment.test_tasks=4", "train.eval_strategy=no"]
+    small = ["warmup.steps=5", "environment.train_tasks=32", "environment.test_tasks=4", "train.eval_strategy=no"]
     sizes = ["train.per_device_train_batch_size=16", "train.max_steps=2", "train.save_steps=1"]
     return [sys.executable, "-m", "memfactory.cli.main", "train", *recipe, *small, *sizes]
 
@@ -32,11 +34,11 @@ def environ() -> dict[str, str]:
 
 
 def left_over(folder: Path) -> list[psutil.Process]:
-    """Processes of a server that was started for `folder`."""
+    """Processes of a server that was started for `folder`; its mark is in their environment."""
     found = []
     for process in psutil.process_iter():
         try:
-            if any(str(folder) in word for word in process.cmdline()) and process.pid != os.getpid():
+            if process.environ().get(MARK, "").startswith(str(folder)):
                 found.append(process)
         except psutil.Error:
             continue
@@ -65,10 +67,10 @@ def test_the_server_of_a_killed_trainer_ends(tmp_path: Path) -> None:
     with (tmp_path / "log").open("w") as log:
         trainer = subprocess.Popen(command(run), env=environ(), stdout=log, stderr=log)
         end = time.monotonic() + 300
-        while "before:" not in (tmp_path / "log").read_text() and time.monotonic() < end and trainer.poll() is None:
+        while not (started := left_over(run)) and time.monotonic() < end and trainer.poll() is None:
             time.sleep(0.2)
         assert trainer.poll() is None, (tmp_path / "log").read_text()[-3000:]
-        assert left_over(run)
+        assert started
         trainer.kill()
         trainer.wait()
     end = time.monotonic() + 30

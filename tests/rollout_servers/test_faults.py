@@ -135,7 +135,7 @@ def test_trainer_and_server_killed_together_go_on_to_the_same_end(make_serving, 
     serving = make_serving()
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(serving.recipe().dump()))
-    steps = ["train.max_steps=4", "train.save_steps=2", "train.per_device_train_batch_size=8"]
+    steps = ["train.max_steps=2", "train.save_steps=1", "train.per_device_train_batch_size=8"]
     command = [
         "train",
         "memagent/quickstart-vllm",
@@ -151,7 +151,7 @@ def test_trainer_and_server_killed_together_go_on_to_the_same_end(make_serving, 
         whole = RunFolder(tmp_path / "whole")
         before = sum(len(record["turns"]) for record in whole.read_episodes() if record["split"] != "train")
         evaluated = before // 2  # the evaluation after training has as many turns
-        done = sum(len(turns) for step, _, turns in trained_turns(tmp_path / "whole") if step <= 2)
+        done = sum(len(turns) for step, _, turns in trained_turns(tmp_path / "whole") if step <= 1)
         processes = family(first)
         api = next(one for one in processes if one.ppid() == first.pid)
         run = trainers.start(
@@ -161,7 +161,7 @@ def test_trainer_and_server_killed_together_go_on_to_the_same_end(make_serving, 
         )
         assert run.wait() == -signal.SIGKILL, run.output
         first.wait(timeout=10)
-        assert RunFolder(tmp_path / "killed").latest_checkpoint().name == "checkpoint-2"
+        assert RunFolder(tmp_path / "killed").latest_checkpoint().name == "checkpoint-1"
 
         servers.append(second := serve_rollouts(serving, recipe))
         until_serving(second)
