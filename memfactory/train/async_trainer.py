@@ -8,22 +8,22 @@ reach the servers:
 Override                                    Replaces, in trl 1.16.0
                                             ``experimental/async_grpo/async_grpo_trainer.py``
 ==========================================  ==============================================================
-``get_train_dataloader``                    lines 1419-1472: an item is a whole generation batch in as many
+``get_train_dataloader``                    lines 1419-1473: an item is a whole generation batch in as many
                                             passes as the token budget needs, averaged over all its tokens;
                                             TRL closes a pass when a sample does not fit and averages passes
-``training_step``                           lines 1631-1636: called unchanged, once for each of these passes
+``training_step``                           lines 1627-1632: called unchanged, once for each of these passes
 ``_sync_weight``                            lines 1733-1749 and, through them, 1751-1858: adapters go by
                                             :class:`memfactory.train.weight_sync.AdapterSync`, which checks that
                                             every server samples from them; NCCL and merged weights are not used
 ``evaluate``                                held-out episodes by the same agent; TRL's trainer has none
-``_save_checkpoint``                        lines 1860-1875 are called unchanged; what a run goes on from is
+``_save_checkpoint``                        lines 1860-1873 are called unchanged; what a run goes on from is
                                             added, and a seal
 ``_load_optimizer_and_scheduler``, ``_load_from_checkpoint``   read it
 ``_get_grad_norm``                          a gradient that is not finite ends the run before the update
 ==========================================  ==============================================================
 
 TRL's ``weight_transfer`` is given one that does nothing: it merges adapters before it sends them. TRL's own dropping
-of old samples (``RolloutQueueDataset``, lines 344-391) is not reached: batches are not begun before they will be young
+of old samples (``RolloutQueueDataset``, lines 303-408) is not reached: batches are not begun before they will be young
 enough (:mod:`memfactory.train.async_worker`), and :func:`memfactory.train.folding.split_stale` sees to it.
 
 `tests/train/test_async_contract.py` fails when an installed TRL no longer fits this table.
