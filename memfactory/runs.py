@@ -15,12 +15,13 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from pydantic import ValidationError
 
 from memfactory.checkpoints import damage, is_written, saving
 from memfactory.episode import (
@@ -108,7 +109,12 @@ class RunFolder:
 
     def differences(self, recipe: Recipe) -> list[str]:
         """What of the stored recipe differs from `recipe`, in words; nothing where there is none."""
-        return _differences(self.read_recipe(), recipe.dump()) if self.recipe_file.exists() else []
+        if not self.recipe_file.exists():
+            return []
+        stored = self.read_recipe()
+        with suppress(ValidationError):  # keys that an older version did not know of then have their defaults
+            stored = Recipe.model_validate(stored).dump()
+        return _differences(stored, recipe.dump())
 
     def set_aside(self) -> Path | None:
         """Rename the folder, if it holds a run, to the first free ``NAME.1``, ``NAME.2``, ...: where it is now.
@@ -533,16 +539,13 @@ _PLACES = ("output_dir", "rollout.vllm.")
 
 
 def _differences(stored: Record, given: Record) -> list[str]:
-    """``a.b was 1, is 2`` for each key that differs, places aside: a job that is queued again gets other nodes.
-
-    A key that an older version did not know of and that is null now is no difference.
-    """
+    """``a.b was 1, is 2`` for each key that differs, places aside: a job that is queued again gets other nodes."""
     before, now = _flat(stored), _flat(given)
-    absent, nothing = "absent", "null"
+    absent = "absent"
     return [
         f"{key} was {before.get(key, absent)}, is {now.get(key, absent)}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key, nothing) != now.get(key, nothing) and not key.startswith(_PLACES)
+        if before.get(key) != now.get(key) and not key.startswith(_PLACES)
     ]
 
 
