@@ -34,7 +34,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from queue import Empty
 from typing import Any, cast
 
@@ -42,12 +41,11 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, rotate_checkpoints
+from transformers.trainer_utils import IntervalStrategy
 from trl.experimental.async_grpo.async_grpo_trainer import AsyncGRPOTrainer, DataCollatorForRollout
 from trl.trainer.utils import RepeatSampler
 
-from memfactory.checkpoints import begin, saving, seal
-from memfactory.errors import EngineError, RecipeError, boundary
+from memfactory.errors import RecipeError
 from memfactory.evaluate.run import EvalOptions, evaluate_agent
 from memfactory.policy.base import Sampling
 from memfactory.policy.models import eos_ids
@@ -61,7 +59,8 @@ from memfactory.train.learners import Learners
 from memfactory.train.ledger import Ledger, Played, play
 from memfactory.train.ranks import Ranks
 from memfactory.train.rollout_log import log_rollout, rollout_metrics
-from memfactory.train.trainer import NUMPY, Parts, seed_of
+from memfactory.train.sealed import NUMPY, load_state, reading, sealed, state_file
+from memfactory.train.trainer import Parts, seed_of
 from memfactory.train.weight_sync import WeightSync
 
 _STATE_FILE = "async_state.pt"
@@ -340,44 +339,29 @@ class AsyncEpisodeTrainer(AsyncGRPOTrainer):
             "seconds": self.total_seconds,
             "evaluation": self.last_evaluation,
         }
-        runs = self._get_output_dir(trial=trial)
-        folder = Path(runs) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        limit, self.args.save_total_limit = self.args.save_total_limit, None  # the others are deleted below
-        try:
-            with saving(folder, remove=True):
-                begin(folder)
-                torch.save(state, folder / _STATE_FILE)
-                super()._save_checkpoint(model, trial)
-                seal(folder)
-        finally:
-            self.args.save_total_limit = limit
-        rotate_checkpoints(runs, limit, self.state.best_model_checkpoint, use_mtime=True)
+        with sealed(self, trial, self.ranks) as folder:
+            torch.save(state, folder / _STATE_FILE)
+            super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        with self._reading(resume_from_checkpoint):
+        with reading(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        path = Path(checkpoint) / _STATE_FILE
-        if not path.is_file():
-            raise EngineError(f"{checkpoint}: not a checkpoint of this trainer", f"{path.name} is missing")
-        with self._reading(checkpoint), torch.serialization.safe_globals(NUMPY):
-            super()._load_optimizer_and_scheduler(checkpoint)
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        path = state_file(checkpoint, _STATE_FILE)
+        with reading(checkpoint):
+            with torch.serialization.safe_globals(NUMPY):
+                super()._load_optimizer_and_scheduler(checkpoint)
+            state = load_state(path, "cpu")
         self.worker.first = state["step"]  # batches that were under way are begun again
         self.parts.rewards.load_state_dict(state["rewards"])
         self._rewards_state = state["rewards"]
         self.ledger.load_state_dict(state["ledger"])
         self.totals, self.total_seconds = state["totals"], state["seconds"]
         self.last_evaluation = state["evaluation"]
-
-    @staticmethod
-    def _reading(checkpoint: str) -> Any:
-        fix = f"delete it to go on from the one before: rm -r {checkpoint}, then the same command"
-        return boundary(EngineError, f"checkpoint {checkpoint} cannot be read", fix)
 
 
 class _NoTransfer:

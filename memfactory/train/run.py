@@ -114,6 +114,12 @@ def _train(
         )
         return done
 
+    if recipe.rollout.served:
+        from memfactory.train.serving import check_answering  # its libraries are an extra
+
+        with ranks.together():
+            if ranks.main:
+                check_answering(recipe, run.path)
     transformers.set_seed(recipe.seed)
     tokenizer = load_tokenizer(recipe.model, prepared.vocabulary)  # a wrong name fails before there is a folder
     with ranks.together():  # one process makes the folder, the others find it

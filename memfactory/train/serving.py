@@ -66,6 +66,23 @@ def served(recipe: Recipe, trained: TransformersPolicy, folder: Path) -> VLLMPol
     return policy
 
 
+def check_answering(recipe: Recipe, folder: Path) -> None:
+    """Compare the servers that answer already with what the recipe needs, before a model is loaded. Others are waited
+    for later: they may wait for a model that the trainer makes.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        EngineError: one does not fit.
+    """
+    section = recipe.rollout.vllm
+    for url in section.base_urls if section.mode == "server" else ():
+        server = VLLMServer(url, section)
+        if LOOP.start(server.healthy()).result():
+            check(server, recipe, folder)
+
+
 def _started(recipe: Recipe, folder: Path, device: torch.device) -> RolloutServer:
     """This process's own server, when it answers."""
     server = colocated(recipe, folder, Ranks().own, device.index or 0 if device.type == "cuda" else None)
@@ -124,6 +141,13 @@ async def _check(server: VLLMServer, recipe: Recipe, folder: Path, ours: bool) -
             f"{found}, and the recipe trains {wanted}",
             f"start it with --model {wanted}: memfactory serve-rollouts RECIPE",
         )
+    longest, needed = own.get("max_model_len"), recipe.rollout.vllm.max_model_len
+    if isinstance(longest, int) and needed is not None and longest < needed:
+        raise EngineError(
+            f"the server at {server.url} takes {longest} positions",
+            f"prompt and completion together may have {needed} (rollout.vllm.max_model_len)",
+            f"start it with --max-model-len {needed}: memfactory serve-rollouts RECIPE",
+        )
     try:
         await _check_version(server)
         if not ours:
@@ -132,7 +156,6 @@ async def _check(server: VLLMServer, recipe: Recipe, folder: Path, ours: bool) -
         raise EngineError(
             f"the vLLM server at {server.url} does not say what it is", failed.why, failed.fix
         ) from failed
-    longest = own.get("max_model_len")
     return longest if isinstance(longest, int) else None
 
 

@@ -31,17 +31,14 @@ import hashlib
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from datasets import Dataset
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import use_adapter
@@ -49,9 +46,8 @@ from trl.trainer.utils import use_adapter
 from memfactory.agents.base import Agent
 from memfactory.agents.rerolls import places, reroll
 from memfactory.agents.running import run_episodes
-from memfactory.checkpoints import begin, saving, seal
 from memfactory.episode import Episode, StopReason, Task
-from memfactory.errors import EngineError, boundary
+from memfactory.errors import EngineError
 from memfactory.evaluate.run import EvalOptions, evaluate_agent
 from memfactory.policy.base import Sampling
 from memfactory.policy.models import eos_ids
@@ -70,21 +66,11 @@ from memfactory.train.ranks import Ranks
 from memfactory.train.rollout_log import log_rollout, rollout_metrics
 from memfactory.train.rows import Row, build_rows, collate, cut, deal, loss_weights
 from memfactory.train.scoring import CompletionScorer
+from memfactory.train.sealed import NUMPY, load_state, reading, sealed, state_file
 from memfactory.train.sharding import placed, unsharded, whole_state_dict
 from memfactory.train.step_clock import StepClock
 
 _BUFFER_FILE = "rollout_buffer.pt"
-# What stateful parts of rewards may keep beside plain data: numpy's arrays and numbers, which a checkpoint is else
-# written with and cannot be read with again.
-NUMPY: list[Any] = [
-    np.ndarray,
-    np.dtype,
-    np.zeros(1).__reduce__()[0],
-    np.float64(0).__reduce__()[0],
-    *(type(np.dtype(code)) for code in "?bhilqBHILQefd"),
-]
-# A rank on a CPU calls its device `cpu:0` or `cpu:1`, and torch cannot map what it loads to a device of that name.
-torch.serialization.register_package(30, lambda _: None, lambda data, to: data if to.startswith("cpu:") else None)
 # Loss types that share the clipped per-token term and differ in how they average it: each is the
 # ``dapo`` reduction with other token weights (see `rows.loss_weights`).
 _AS_DAPO = ("grpo", "bnpo", "dr_grpo", "luspo")
@@ -566,41 +552,26 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         state["evaluation"] = self.last_evaluation  # where it was of these weights, it is not done again
         if self._step % (self.args.steps_per_generation * self.num_iterations) != 0:
             state["buffer"] = self._buffer  # updates are still to be made on these episodes
-        runs = self._get_output_dir(trial=trial)
-        folder = Path(runs) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        limit, self.args.save_total_limit = self.args.save_total_limit, None  # the others are deleted below
-        try:
-            with saving(folder, remove=True):
-                if self.ranks.main:
-                    begin(folder)
-                self.accelerator.wait_for_everyone()
-                torch.save(state, folder / f"{self.ranks.own}_{_BUFFER_FILE}")
-                if self.ranks.main:
-                    self.learners.save(folder)
-                self.accelerator.wait_for_everyone()
-                super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
-                if self.ranks.main:
-                    seal(folder)
-        finally:
-            self.args.save_total_limit = limit
-        if self.args.should_save:  # only now: until it was sealed, the one before was what a run could go on from
-            rotate_checkpoints(runs, limit, self.state.best_model_checkpoint, use_mtime=True)
+        with sealed(self, trial, self.ranks) as folder:
+            torch.save(state, folder / f"{self.ranks.own}_{_BUFFER_FILE}")
+            if self.ranks.main:
+                self.learners.save(folder)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        with self._reading(resume_from_checkpoint):
+        with reading(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        path = Path(checkpoint) / f"{self.ranks.own}_{_BUFFER_FILE}"
-        if not path.is_file():
-            raise EngineError(f"{checkpoint}: not a checkpoint of this trainer", f"{path.name} is missing")
-        with self._reading(checkpoint), torch.serialization.safe_globals(NUMPY):
-            super()._load_optimizer_and_scheduler(checkpoint)
-            state = torch.load(path, map_location=self.args.device, weights_only=True)
+        path = state_file(checkpoint, f"{self.ranks.own}_{_BUFFER_FILE}")
+        with reading(checkpoint):
+            with torch.serialization.safe_globals(NUMPY):
+                super()._load_optimizer_and_scheduler(checkpoint)
+            state = load_state(path, self.args.device)
         self._step, self._buffer = state["step"], state["buffer"]
         self.parts.rewards.load_state_dict(state["rewards"])
         self.learners.load_state_dict(state["learners"])
@@ -612,11 +583,6 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         per_pass = self.ledger.per_pass * self.args.steps_per_generation * self.num_iterations
         for _ in range(self._step // per_pass if self.args.shuffle_dataset else 0):
             torch.randperm(self._sampler.num_samples, generator=self._sampler.generator)
-
-    @staticmethod
-    def _reading(checkpoint: str) -> AbstractContextManager[None]:
-        fix = f"delete it to go on from the one before: rm -r {checkpoint}, then the same command"
-        return boundary(EngineError, f"checkpoint {checkpoint} cannot be read", fix)
 
 
 def _windows(rows: list[Row], episodes: int, count: int, seed: int) -> list[list[Row]]:

@@ -148,8 +148,8 @@ PLACES = {
     "between generation and update": "memfactory.train.trainer:EpisodeGRPOTrainer._micro_batches#4",
     "in the evaluation during training": "memfactory.evaluate.run:_summarise#3",
     "in the middle of a checkpoint": "transformers.trainer:Trainer._save_rng_state#2",
-    "when only the seal was missing": "memfactory.train.trainer:seal#2",
-    "before old checkpoints are deleted": "memfactory.train.trainer:rotate_checkpoints#3",
+    "when only the seal was missing": "memfactory.train.sealed:seal#2",
+    "before old checkpoints are deleted": "memfactory.train.sealed:rotate_checkpoints#3",
     "after the last update": "memfactory.train.trainer:EpisodeGRPOTrainer.save_model#4",
     "at the very end": "memfactory.train.run:write_report",
 }
@@ -178,7 +178,7 @@ def test_killed_and_resumed_equals_uninterrupted(server: Server, whole: Any, tmp
 @pytest.mark.parametrize(("kind", "place"), [("reuse", 4), ("reuse", 6), ("stateful", 2)])
 def test_state_between_updates_survives(server: Server, whole: Any, tmp_path: Path, kind: str, place: int) -> None:
     folder = tmp_path / "run"
-    run = server.start(command(folder, *KINDS[kind]), at=f"memfactory.train.trainer:rotate_checkpoints#{place - 1}")
+    run = server.start(command(folder, *KINDS[kind]), at=f"memfactory.train.sealed:rotate_checkpoints#{place - 1}")
     assert run.wait() == -signal.SIGKILL, run.output
     server.run([*command(folder, *KINDS[kind]), "--resume"])
     assert_same_run(whole(kind)[0], folder)
