@@ -254,7 +254,8 @@ def test_the_example_trains(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_one_episode_is_shown_to_the_end() -> None:
-    done = in_checkout("docs/show_episode.py")
+    # an untrained model seldom gives what the script looks for; the last task is shown then
+    done = in_checkout("docs/show_episode.py", "environment.train_tasks=32")
     assert done.returncode == 0, done.stderr
     for part in ("TASK", "EPISODE 1", "ROWS", "MICRO-BATCHES", "LOSS"):
         assert part in done.stdout
