@@ -24,6 +24,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from evaluated import evaluated
+
 RECIPES = ("quickstart", "answerer-quickstart", "joint-quickstart")
 Metrics = dict[str, float]
 
@@ -44,14 +46,8 @@ def train(recipe: str, folder: Path, *overrides: str) -> dict[str, Any]:
 
 def evaluate(recipe: str, run: Path, control: str, seed: int) -> Metrics:
     """The trained model of `run` under a control of retrieval."""
-    output = run.parent / f"{run.name}-{control}.json"
-    if not output.is_file():
-        options = (f"seed={seed}", f"agent.retrieve.control={control}")
-        memfactory(
-            "eval", f"memory_r1/{recipe}", *options, "--checkpoint", str(run / "model"), "--output", str(output)
-        )
-    metrics: Metrics = json.loads(output.read_text())["metrics"]
-    return metrics
+    options = (f"seed={seed}", f"agent.retrieve.control={control}")
+    return evaluated(f"memory_r1/{recipe}", run, run.parent / f"{run.name}-{control}", *options)
 
 
 def one_seed(recipe: str, seed: int, out: Path) -> dict[str, Metrics]:

@@ -25,6 +25,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from evaluated import evaluated
+
 RECIPE = "memagent/quickstart"
 
 
@@ -51,24 +53,13 @@ def one_seed(seed: int, out: Path) -> dict[str, dict[str, float]]:
     more = train(
         out / f"more-warm-up-{seed}", f"seed={seed}", "warmup.steps=900", "train.max_steps=1", "train.learning_rate=0"
     )
-    wiped = out / f"wiped-{seed}.json"
-    if not wiped.is_file():
-        memfactory(
-            "eval",
-            RECIPE,
-            f"seed={seed}",
-            "agent.wipe_memory=true",
-            "--checkpoint",
-            str(out / f"true-{seed}" / "model"),
-            "--output",
-            str(wiped),
-        )
+    wiped = evaluated(RECIPE, out / f"true-{seed}", out / f"wiped-{seed}", f"seed={seed}", "agent.wipe_memory=true")
     return {
         "before": true["before"],
         "true": true["after"] | {"wall": true["wall_seconds"], "memory": true["peak_memory_bytes"]},
         "shuffled": shuffled["after"],
         "last turn": last_turn["after"],
-        "wiped": json.loads(wiped.read_text())["metrics"],
+        "wiped": wiped,
         "warm-up x2": more["before"],
     }
 

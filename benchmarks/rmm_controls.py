@@ -25,6 +25,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from evaluated import evaluated
+
 Metrics = dict[str, float]
 RECALL = "retrieval.recall_at_k"
 LINEAR, GRPO = "rmm/quickstart", "rmm/grpo-quickstart"
@@ -65,17 +67,15 @@ def linear(seed: int, out: Path) -> dict[str, Metrics]:
         after: Metrics = train(LINEAR, out / f"linear-{name}-{seed}", *same, *overrides)["after"]
         return after
 
-    random = out / f"linear-random-{seed}.json"
-    if not random.is_file():
-        options = ("--checkpoint", str(first / "model"), "--output", str(random))
-        memfactory("eval", LINEAR, f"seed={seed}", "agent.retrieve.control=random", *options)
+    control = (f"seed={seed}", "agent.retrieve.control=random")
+    random = evaluated(LINEAR, first, out / f"linear-random-{seed}", *control)
     return {
         "before": true["before"],
         "true": true["after"] | {"wall": true["wall_seconds"]},
         "shuffled": other("shuffled", "agent.rerank.shuffle_citations=true"),
         "rate 0": other("rate0", "agent.rerank.lr=0"),
         "paper": other("paper", "agent.rerank.optimizer=sgd", "agent.rerank.lr=0.001", "agent.rerank.baseline=0.5"),
-        "random": json.loads(random.read_text())["metrics"],
+        "random": random,
     }
 
 

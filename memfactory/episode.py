@@ -163,6 +163,13 @@ class Turn:
     """Scores of the dimensions with scope turn or module that speak about this turn."""
     advantage: float = 0.0
     """Credit of this turn, set by the credit assigner before rows exist."""
+    counts: tuple[int, int] | None = None
+    """Prompt and completion tokens of a turn whose ids are not here: an endpoint's, or one read from a file."""
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """How many tokens prompt and completion have."""
+        return self.counts if self.counts is not None else (len(self.prompt_ids), len(self.completion_ids))
 
 
 @dataclass(slots=True)

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -38,12 +37,8 @@ from memfactory.episode import (
     Turn,
 )
 from memfactory.errors import DataError, EngineError, RecipeError, boundary
+from memfactory.held import held
 from memfactory.recipe import Recipe
-
-try:
-    import fcntl
-except ImportError:  # not on Windows: two processes in one folder are then nobody's to notice
-    fcntl = None  # type: ignore[assignment]
 
 SCHEMA_VERSION = 1
 """Version of every line and file below. It grows when a field changes its meaning or goes away."""
@@ -137,32 +132,8 @@ class RunFolder:
         Raises:
             RecipeError: another process is training in it.
         """
-        if fcntl is None:
+        with held(self.path, f"run folder {self.path}", "training", "output_dir=..."):
             yield
-            return
-        with boundary(RecipeError, f"run folder {self.path} cannot be made", "choose another with output_dir=..."):
-            self.path.mkdir(parents=True, exist_ok=True)
-            stream = (self.path / ".lock").open("a+", encoding="utf-8")
-        with stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                stream.seek(0)
-                raise RecipeError(
-                    f"run folder {self.path}",
-                    f"another process is training in it ({stream.read().strip() or 'it does not say which'})",
-                    "wait until it ends or stop it, or give another folder with output_dir=...",
-                ) from error
-            except OSError:  # a file system without locks
-                yield
-                return
-            stream.truncate(0)
-            stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            stream.flush()
-            try:
-                yield
-            finally:
-                stream.truncate(0)
 
     @property
     def recipe_file(self) -> Path:
@@ -366,8 +337,8 @@ def _turn_record(turn: Turn, *, tokens: bool) -> Record:
         "messages": turn.messages,
         "text": turn.text,
         "stop": str(turn.stop),
-        "prompt_tokens": len(turn.prompt_ids),
-        "completion_tokens": len(turn.completion_ids),
+        "prompt_tokens": turn.tokens[0],
+        "completion_tokens": turn.tokens[1],
         "memory_before": turn.memory_before,
         "memory_after": turn.memory_after,
         "error": turn.error,
@@ -442,6 +413,7 @@ def _turn(data: Record) -> Turn:
         choice=_choice(data.get("choice")),
         scores=_scores(data.get("scores", {})),
         advantage=_or_nan(data["advantage"]),
+        counts=None if "prompt_ids" in data else (data["prompt_tokens"], data["completion_tokens"]),
     )
 
 

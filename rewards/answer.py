@@ -6,6 +6,7 @@ from collections.abc import Callable
 from memfactory import Episode, ModelOutputError, Score, Turn, reward
 from memfactory.modules import last_boxed, strip_reasoning
 from memfactory.reward import matching
+from memfactory.reward.judge import Judge, Rubric
 
 Value = float | Score
 
@@ -38,6 +39,17 @@ def token_f1(episode: Episode) -> Value:
     Gaming: words of the question that are likely in the answer earn a part of it without any memory.
     """
     return _mean(episode, matching.token_f1)
+
+
+@reward
+def bleu_1(episode: Episode) -> Value:
+    """BLEU-1: clipped unigram precision times the brevity penalty, best alias; mean over the questions, in [0, 1].
+
+    Source: Papineni et al. (ACL 2002) with n = 1, as Memory-R1 (arXiv 2508.19828) reports it; words are normalised as
+    for `exact_match`, and nothing is smoothed.
+    Gaming: as `token_f1`; an answer of one sure word is held back by the brevity penalty.
+    """
+    return _mean(episode, matching.bleu_1)
 
 
 @reward
@@ -126,3 +138,38 @@ def _box(raw: str) -> str | None:
         return last_boxed(strip_reasoning(raw), window=None)
     except ModelOutputError:  # reasoning without an end: there is no reply
         return None
+
+
+CORRECT = Rubric(
+    name="answer-correct",
+    version="1",
+    instructions=(
+        "Compare the answer with the gold answers to the question. Answer yes if it says the same as one of them, in "
+        "whatever words or form of a date or number; details beyond it do not matter if they do not contradict it. "
+        "Answer no if it says something else, names several candidates, or does not answer."
+    ),
+    labels={"yes": 1.0, "no": 0.0},
+    rule=lambda fields: float(matching.exact_match(fields["answer"], fields["gold"].split("\n"))),
+)
+
+
+@reward
+async def correct_judge(episode: Episode, *, judge: Judge) -> Value:
+    """1 if a judge finds that the answer says what a gold answer says, else 0; mean over the questions, in [0, 1].
+
+    Without an endpoint the rubric's rule stands in: `exact_match`. A question that the judge could not grade leaves
+    the episode without a score. Source: the judge of MemFactory (arXiv 2603.29493) and Memory-R1 (arXiv 2508.19828).
+    Gaming: judges accept vague and long answers; an audit of LoCoMo found that up to 63 % of deliberately wrong ones
+    passed. Report it beside a rule, never alone.
+    """
+    values = []
+    for answer in episode.answers:
+        if answer.text is None:
+            values.append(0.0)
+            continue
+        gold = "\n".join(answer.probe.answers)
+        score = await judge.grade(CORRECT, question=answer.probe.question, gold=gold, answer=answer.text)
+        if score.value is None:
+            return score
+        values.append(score.value)
+    return sum(values) / len(values) if values else Score(None, "the episode answers no question")

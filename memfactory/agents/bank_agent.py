@@ -107,6 +107,11 @@ class BankAgent:
             raise DataError(f"task {task.id}", "it has nothing to read and no memory", "remove the row")
         return list(task.stream)
 
+    def answer_state(self, task: Task, probe: Probe, texts: Sequence[str]) -> EntriesState:
+        """What the answer sees when the bank holds `texts` and nothing else."""
+        entries = tuple(Entry(f"e{place}", text, owner=task.id) for place, text in enumerate(texts, 1) if text)
+        return EntriesState(probe.question, entries, str(task.metadata.get("asked_on", "")))
+
     def restore(self, snapshot: BankSnapshot) -> EntryBank:
         """A bank of its own in the state of `snapshot`, which stays as it is: where re-rolls begin."""
         bank = EntryBank(snapshot.owner)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
 from memfactory.agents.asking import ask
-from memfactory.episode import Answer, Episode, Task
+from memfactory.episode import Answer, Episode, Probe, Task
 from memfactory.errors import DataError
 from memfactory.memory import TextMemory
 from memfactory.modules import (
@@ -106,6 +107,10 @@ class MemAgent:
             return pieces[:limit]
         head = (limit + 1) // 2
         return pieces[:head] + pieces[len(pieces) - (limit - head) :]
+
+    def answer_state(self, task: Task, probe: Probe, texts: Sequence[str]) -> AnswerState:
+        """What the answer sees when its memory is `texts`."""
+        return AnswerState(probe.question, "\n".join(texts))
 
     async def run(self, task: Task, policy: Policy, store: TextMemory | None = None) -> Episode:
         memory = store if store is not None else TextMemory()

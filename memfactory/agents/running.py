@@ -5,41 +5,59 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from itertools import zip_longest
 
 from memfactory.agents.base import Agent
+from memfactory.draws import of_episode
 from memfactory.episode import Episode, Task
 from memfactory.errors import MemFactoryError, ServiceError, StoreError
 from memfactory.loops import together
 from memfactory.policy.base import Policy
 
-OUTSIDE = (ServiceError, StoreError)
+Faults = tuple[type[MemFactoryError], ...]
+
+OUTSIDE: Faults = (ServiceError, StoreError)
 """Faults of what stands outside the run and may be well again for the next episode."""
 
 
 async def episodes_of(
-    agent: Agent, tasks: Sequence[Task], policy: Policy, on_done: Callable[[Episode], None] | None = None
+    agent: Agent,
+    tasks: Sequence[Task],
+    policy: Policy,
+    on_done: Callable[[Episode], None] | None = None,
+    *,
+    names: Sequence[str] = (),
+    tolerated: Faults = OUTSIDE,
 ) -> list[Episode]:
     """:func:`run_episodes` for who has an event loop: several batches may run in it at the same time."""
 
-    async def one(task: Task) -> Episode:
+    async def one(task: Task, name: str) -> Episode:
         try:
-            episode = await agent.run(task, policy)
-        except (*OUTSIDE, ExceptionGroup) as error:
-            cause = _outside(error)
+            with of_episode(name) if name else nullcontext():
+                episode = await agent.run(task, policy)
+        except (MemFactoryError, ExceptionGroup) as error:
+            cause = _cause(error, tolerated)
             if cause is None:
                 raise
             # what it did before is lost on purpose: a part of an episode has no outcome to be credited with
             episode = Episode(task, failed=f"{cause.fault}: {cause}")
-        episode.group = task.id
+        episode.id, episode.group = name, task.id
         if on_done is not None:
             on_done(episode)
         return episode
 
-    return await together(one(task) for task in tasks)
+    return await together(one(task, name) for task, name in zip_longest(tasks, names, fillvalue=""))  # type: ignore[arg-type]
 
 
 def run_episodes(
-    agent: Agent, tasks: Sequence[Task], policy: Policy, on_done: Callable[[Episode], None] | None = None
+    agent: Agent,
+    tasks: Sequence[Task],
+    policy: Policy,
+    on_done: Callable[[Episode], None] | None = None,
+    *,
+    names: Sequence[str] = (),
+    tolerated: Faults = OUTSIDE,
 ) -> list[Episode]:
     """Run `agent` once per entry of `tasks`, all at the same time; results in the order of `tasks`.
 
@@ -50,21 +68,27 @@ def run_episodes(
 
     Args:
         on_done: called with each episode as it is finished, e.g. to begin its scoring; it must not block.
+        names: a name for each of `tasks`, which becomes its id: then its draws depend on the policy's seed and this
+            name alone (:mod:`memfactory.draws`). Absent: all draw from the same random numbers.
+        tolerated: faults that fail the one episode they come up in.
 
     Raises:
         MemFactoryError: the first episode that raised anything else; the others are cancelled.
     """
 
+    def everything() -> list[Episode]:
+        return asyncio.run(episodes_of(agent, tasks, policy, on_done, names=names, tolerated=tolerated))
+
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(episodes_of(agent, tasks, policy, on_done))
+        return everything()
     # Called from inside a loop (a notebook): asyncio allows no second one in this thread.
     outcome: list[Episode | BaseException] = []
 
     def target() -> None:
         try:
-            outcome.extend(asyncio.run(episodes_of(agent, tasks, policy, on_done)))
+            outcome.extend(everything())
         except BaseException as error:
             outcome[:] = [error]
 
@@ -76,11 +100,11 @@ def run_episodes(
     return [episode for episode in outcome if isinstance(episode, Episode)]
 
 
-def _outside(error: Exception) -> MemFactoryError | None:
-    """The fault of the outside that `error` is, or is a group of (a TaskGroup raises one); None for any other."""
-    if isinstance(error, OUTSIDE):
+def _cause(error: Exception, tolerated: Faults) -> MemFactoryError | None:
+    """The tolerated fault that `error` is, or is a group of (a TaskGroup raises one); None for any other."""
+    if isinstance(error, tolerated):
         return error
     if isinstance(error, ExceptionGroup):
-        causes = [_outside(inner) for inner in error.exceptions]
+        causes = [_cause(inner, tolerated) for inner in error.exceptions]
         return causes[0] if all(causes) else None
     return None

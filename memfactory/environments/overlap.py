@@ -11,31 +11,38 @@ from memfactory.errors import DataError
 _MOST_SHOWN = 5
 
 
-def check_disjoint(train: Iterable[Task], test: Iterable[Task]) -> None:
-    """Check that no test task is also a training task: same id, or same questions about the same document.
+def shared(train: Iterable[Task], test: Iterable[Task]) -> list[str]:
+    """Test tasks that are also training tasks, in words: same id, or same questions about the same document.
 
     How the document is cut into pieces and its white space do not matter.
-
-    Raises:
-        DataError: some are; up to 5 are named.
     """
     ids: set[str] = set()
     contents: dict[str, str] = {}
     for task in train:
         ids.add(task.id)
         contents.setdefault(_content(task), task.id)
-    shared = []
+    found = []
     for task in test:
         twin = task.id if task.id in ids else contents.get(_content(task))
         if twin is not None:
             what = "the same id" if twin == task.id else f"the content of train task {twin}"
             source = task.metadata.get("source")
-            shared.append(f"{task.id}{f' ({source})' if source else ''} has {what}")
-    if shared:
-        more = f"\n  - and {len(shared) - _MOST_SHOWN} more" if len(shared) > _MOST_SHOWN else ""
+            found.append(f"{task.id}{f' ({source})' if source else ''} has {what}")
+    return found
+
+
+def check_disjoint(train: Iterable[Task], test: Iterable[Task]) -> None:
+    """Check that no test task is also a training task, see :func:`shared`.
+
+    Raises:
+        DataError: some are; up to 5 are named.
+    """
+    both = shared(train, test)
+    if both:
+        more = f"\n  - and {len(both) - _MOST_SHOWN} more" if len(both) > _MOST_SHOWN else ""
         raise DataError(
-            f"train and test share {len(shared)} of the test tasks",
-            "".join(f"\n  - {line}" for line in shared[:_MOST_SHOWN]) + more,
+            f"train and test share {len(both)} of the test tasks",
+            "".join(f"\n  - {line}" for line in both[:_MOST_SHOWN]) + more,
             "remove them from one of the two splits",
         )
 

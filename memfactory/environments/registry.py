@@ -18,6 +18,7 @@ ENVIRONMENTS = {
     "files": "memfactory.environments.files:LongContextFiles",
     "hub": "memfactory.environments.hub:HubDataset",
     "ruler": "memfactory.environments.ruler:RulerTasks",
+    "hotpotqa": "memfactory.environments.hotpotqa:HotpotQADocuments",
     "dialogues": "memfactory.environments.dialogues:Dialogues",
     "locomo": "memfactory.environments.locomo:LoCoMo",
     "longmemeval": "memfactory.environments.longmemeval:LongMemEval",

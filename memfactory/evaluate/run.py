@@ -85,8 +85,8 @@ def evaluate_agent(
 ) -> EvalResult:
     """Run `agent` on `tasks`, sampled and, if asked, greedy, and score every episode.
 
-    With `share`, each process works on a part of the tasks, and all have the whole result. Greedy answers are those of
-    one process; sampled ones are drawn from other random numbers.
+    With `share`, each process works on a part of the tasks, and all have the whole result: that of one process,
+    because every episode draws from numbers of its own (:mod:`memfactory.draws`).
 
     The policy's sampling and random state are as before when this returns, so evaluating in the middle
     of a training run changes nothing in it.
@@ -100,12 +100,13 @@ def evaluate_agent(
         kinds.append(("greedy", "eval_greedy", Sampling(0.0), 1))
     result = EvalResult({"n": float(len(tasks))})
     for kind, split, sampling, samples in kinds:
-        with policy.drawing(sampling, options.seed + (share.own if share is not None else 0)):
+        with policy.drawing(sampling, options.seed):
             for module in getattr(agent, "modules", ()):
                 if hasattr(module, "seed"):  # draws of its own (a reranker); training seeds it anew at every rollout
                     module.seed(options.seed)
             mine = tasks[share.own :: share.count] if share is not None else tasks
             runs = [task for task in mine for _ in range(samples)]
+            names = [episode_name(task, sample) for task in mine for sample in range(samples)]
             bar = progress.add_task(f"evaluate ({kind})", total=len(runs)) if progress is not None else None
             episodes: list[Episode] = []
             faults = Faults()
@@ -117,7 +118,8 @@ def evaluate_agent(
                     if progress is not None and bar is not None:
                         progress.advance(bar)
 
-                own = run_episodes(agent, runs[start : start + options.concurrent], policy, on_done)
+                end = start + options.concurrent
+                own = run_episodes(agent, runs[start:end], policy, on_done, names=names[start:end])
                 faults.include(measuring.finish(own))
                 episodes += own
             if share is not None:
@@ -136,6 +138,11 @@ def evaluate_agent(
             if judge.get("asked"):
                 result.metrics |= {f"{kind}_judge/{name}": value for name, value in judge.items()}
     return result
+
+
+def episode_name(task: Task, sample: int) -> str:
+    """Of the episode that is the `sample`-th of `task`: what its draws depend on, beside the seed."""
+    return f"{task.id}#{sample}"
 
 
 def _everyones(episodes: list[Episode], faults: Faults, share: Share, samples: int) -> tuple[list[Episode], Faults]:

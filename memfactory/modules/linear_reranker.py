@@ -32,6 +32,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from memfactory.draws import episode_seed
 from memfactory.episode import Choice, Episode, StopReason, Turn
 from memfactory.errors import EngineError, RecipeError, RecipeErrors
 from memfactory.memory.entries import Entry
@@ -121,6 +122,7 @@ class LinearReranker:
         """W_q and W_m, (d, d) float32 each; made when d is known."""
         self._optimizer: Any = None
         self._generator: Any = None
+        self._seed = self.draw_seed
 
     # ---- drawing -----------------------------------------------------------------------------
 
@@ -142,10 +144,11 @@ class LinearReranker:
             choice = Choice(ids, tuple(order.tolist()), float("nan"))
         else:
             # rounded before it is used: what is kept is what was drawn with
-            noise = self._gumbel(len(ids)).astype(np.float32)
+            random = self._random_for(question, ids)
+            noise = _gumbel(len(ids), random).astype(np.float32)
             logits = (scores + noise) / self.tau
             # the largest of log p + Gumbel noise are a draw from p without replacement (arXiv 1903.06059, eq. 6)
-            order = np.argsort(-(logits + self._gumbel(len(ids))), kind="stable")[:kept]
+            order = np.argsort(-(logits + _gumbel(len(ids), random)), kind="stable")[:kept]
             torch = _library("torch")
             logprob = log_terms(torch.from_numpy(logits), order.tolist()).sum().item()
             choice = Choice(ids, tuple(order.tolist()), logprob, Features(q, m, noise))
@@ -171,11 +174,10 @@ class LinearReranker:
             direction = _direction(torch.from_numpy(q), *self._ready(len(q))).numpy()
         return (m.astype(np.float64) * direction).sum(axis=1)
 
-    def _gumbel(self, count: int) -> np.ndarray:
-        """(count,) float64"""
-        torch = _library("torch")
-        u = torch.rand(count, generator=self._random(), dtype=torch.float64).numpy()
-        return -np.log(-np.log(np.maximum(u, 2.0**-54)))  # 0 is among what torch draws
+    def _random_for(self, question: str, ids: Sequence[str]) -> Any:
+        """The generator of the episode under way, or the one that all episodes share."""
+        own = episode_seed(self._seed, " ".join([question, *ids]).encode("utf-8", "replace"))
+        return _library("torch").Generator().manual_seed(own) if own is not None else self._random()
 
     # ---- learning ----------------------------------------------------------------------------
 
@@ -262,6 +264,7 @@ class LinearReranker:
 
     def seed(self, seed: int) -> None:
         """Begin draws anew from `seed`."""
+        self._seed = seed
         self._generator = _library("torch").Generator().manual_seed(seed)
 
     def _random(self) -> Any:
@@ -354,6 +357,13 @@ class LinearReranker:
     def _embedder_record(self) -> str:
         """What of the embedder decides its vectors."""
         return json.dumps(self.embedder.model_dump(include={"name", "model", "query_prefix", "entry_prefix"}))
+
+
+def _gumbel(count: int, generator: Any) -> np.ndarray:
+    """(count,) float64"""
+    torch = _library("torch")
+    u = torch.rand(count, generator=generator, dtype=torch.float64).numpy()
+    return -np.log(-np.log(np.maximum(u, 2.0**-54)))  # 0 is among what torch draws
 
 
 def log_terms(logits: Any, chosen: Sequence[int]) -> Any:

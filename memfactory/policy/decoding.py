@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any, cast
 
 import torch
@@ -40,6 +41,8 @@ class Decoding:
     completion_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     stop: StopReason | None = None
+    random: Random | None = None
+    """Where its draws come from; None: from the sampler's generator, which all sequences share."""
 
 
 class Sampler:
@@ -60,12 +63,14 @@ class Sampler:
             RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty) if sampling.repetition_penalty != 1 else None
         )
 
-    def draw(self, logits: Tensor, context_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    def draw(
+        self, logits: Tensor, context_ids: Tensor | None, own: Sequence[Random | None] = ()
+    ) -> tuple[Tensor, Tensor]:
         """Next ids (B,) and their log-probs (B,) from `logits` (B, V).
 
         Log-probs are those of the full softmax at the sampling temperature, which is what the trainer
         computes again; filters change only which ids can be drawn. `context_ids` (B, L) is what the
-        repetition penalty looks at.
+        repetition penalty looks at, `own` (B) each sequence's own random numbers, where it has some.
         """
         logits = logits.float()
         temperature = self.sampling.temperature
@@ -79,20 +84,30 @@ class Sampler:
         else:
             if self.filters:
                 scores = self.filters(cast(Any, context_ids), cast(Any, scores))
-            ids = self._choose(scores.softmax(-1))
+            ids = self._choose(scores.softmax(-1), own)
         return ids, log_probs.gather(1, ids[:, None]).squeeze(1)
 
-    def _choose(self, probs: Tensor) -> Tensor:
+    def _choose(self, probs: Tensor, own: Sequence[Random | None]) -> Tensor:
         """One id per row of `probs` (B, V), by inverting the cumulative distribution.
 
         `torch.multinomial` draws a random number for every word of the vocabulary, on CPU one after the other.
         Double precision keeps the smallest probabilities apart.
         """
         cumulative = probs.double().cumsum(-1)  # (B, V)
-        draw = torch.rand(len(probs), 1, generator=self.generator, device=probs.device, dtype=torch.float64)
+        draw = self._uniform(len(probs), own).to(probs.device)[:, None]
         # the first id whose cumulative probability exceeds the draw; ids of probability 0 never do
         ids = torch.searchsorted(cumulative, draw * cumulative[:, -1:], right=True)
         return ids.squeeze(1).clamp(max=probs.shape[-1] - 1)
+
+    def _uniform(self, count: int, own: Sequence[Random | None]) -> Tensor:
+        """(B,) in [0, 1)"""
+        numbers = [random.random() for random in own if random is not None]
+        if len(numbers) == count:
+            return torch.tensor(numbers, dtype=torch.float64)
+        drawn = torch.rand(count, generator=self.generator, device=self.generator.device, dtype=torch.float64)
+        rows = [row for row, random in enumerate(own) if random is not None]
+        drawn[rows] = torch.tensor(numbers, dtype=torch.float64, device=drawn.device)
+        return drawn
 
 
 @torch.no_grad()
@@ -146,7 +161,7 @@ def _decode(
             cache.batch_select_indices(members)
             logits, mask, positions = logits[members], mask[members], positions[members]
             context = context[members] if context is not None else None
-        next_ids, logprobs = sampler.draw(logits, context)
+        next_ids, logprobs = sampler.draw(logits, context, [sequence.random for sequence in live])
         finished: list[Decoding] = []
         for row, (token, logprob) in enumerate(zip(next_ids.tolist(), logprobs.tolist(), strict=True)):
             if done[row]:

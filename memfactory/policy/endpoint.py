@@ -92,6 +92,10 @@ class EndpointPolicy:
         }
         if self.section.top_p < 1:  # some servers refuse what they do not know
             body["top_p"] = self.section.top_p
+        return await self._turn(body, module)
+
+    async def _turn(self, body: dict[str, Any], module: str) -> Turn:
+        """The turn that answers `body`, a request for a chat completion."""
         what = f"the endpoint of '{self.section.model}' gave no reply to module '{module}'"
         with boundary(ServiceError, what):
             try:
@@ -105,8 +109,9 @@ class EndpointPolicy:
             logprobs=[],
             text=reply.text or "",
             stop=StopReason.LENGTH if reply.finish == "length" else StopReason.STOP,
-            messages=messages,
+            messages=body["messages"],
             trainable=False,
+            counts=(_count(reply, "prompt_tokens"), _count(reply, "completion_tokens")),
         )
 
     @property
@@ -132,6 +137,12 @@ class EndpointPolicy:
     def close(self) -> None:
         """Close its connections; the next call opens new ones. Not from within a coroutine of :data:`LOOP`."""
         LOOP.start(self._chat.aclose()).result(timeout=10)
+
+
+def _count(reply: Completion, name: str) -> int:
+    """Tokens as the endpoint counts them; 0 where it does not say."""
+    count = reply.usage.get(name)
+    return count if isinstance(count, int) else 0
 
 
 def _with_text(completion: Completion) -> Completion:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
@@ -24,6 +26,11 @@ def prompt_of(
             list[int],
             tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False, **options),
         )
+
+
+def digest(prompt_ids: Sequence[int]) -> bytes:
+    """A prompt in 32 bytes."""
+    return sha256(array("q", prompt_ids).tobytes()).digest()
 
 
 def check_fits(prompt: int, max_tokens: int, limit: int | None, module: str) -> None:

@@ -75,6 +75,11 @@ class RoutedPolicy:
         return self.trained.greedy
 
     @property
+    def max_positions(self) -> int | None:
+        """Longest prompt and completion together; None where that is not known."""
+        return getattr(self.trained, "max_positions", None)
+
+    @property
     def elsewhere(self) -> bool:
         return self.trained.elsewhere
 

@@ -7,16 +7,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from random import Random
 from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from memfactory.draws import episode_seed
 from memfactory.episode import Message, StopReason, Turn
 from memfactory.errors import EngineError
 from memfactory.policy.base import Sampling
 from memfactory.policy.decoding import Decoding, Sampler, decode
-from memfactory.policy.rendering import check_fits, pieces, prompt_of
+from memfactory.policy.rendering import check_fits, digest, pieces, prompt_of
 
 
 @dataclass(slots=True)
@@ -83,6 +85,7 @@ class TransformersPolicy:
         self.template_options = template_options or {}
         self.around = around
         self.generator = torch.Generator(device=model.device).manual_seed(seed)
+        self._seed = seed
         self.seconds = 0.0
         """Time spent in the model, decoding included."""
         self.generated_tokens = 0
@@ -93,9 +96,11 @@ class TransformersPolicy:
     async def generate(self, messages: list[Message], *, module: str, max_tokens: int) -> Turn:
         """See :meth:`memfactory.policy.base.Policy.generate`."""
         prompt_ids = prompt_of(self.tokenizer, messages, module, self.template_options)
-        check_fits(len(prompt_ids), max_tokens, getattr(self.model.config, "max_position_embeddings", None), module)
+        check_fits(len(prompt_ids), max_tokens, self.max_positions, module)
         loop = asyncio.get_running_loop()
-        request = _Request(Decoding(prompt_ids, max_tokens), loop.create_future())
+        own = episode_seed(self._seed, digest(prompt_ids))
+        random = Random(own) if own is not None else None
+        request = _Request(Decoding(prompt_ids, max_tokens, random=random), loop.create_future())
         self._pending.append(request)
         if self._drain is None or self._drain.done():
             self._drain = loop.create_task(self._run())
@@ -118,20 +123,26 @@ class TransformersPolicy:
     def greedy(self) -> bool:
         return self.sampling.temperature == 0
 
+    @property
+    def max_positions(self) -> int | None:
+        """Longest prompt and completion together; None where the model does not say."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
     @contextmanager
     def drawing(self, sampling: Sampling, seed: int) -> Iterator[None]:
         """Draw by `sampling` from `seed` on; afterwards everything is as it was."""
-        before = self.sampling, self.generator.get_state()
+        before = self.sampling, self._seed, self.generator.get_state()
         self.sampling = sampling
         self.seed(seed)
         try:
             yield
         finally:
-            self.sampling = before[0]
-            self.generator.set_state(before[1])
+            self.sampling, self._seed, state = before
+            self.generator.set_state(state)
 
     def seed(self, seed: int) -> None:
         """Begin the draws anew from `seed`."""
+        self._seed = seed
         self.generator.manual_seed(seed)
 
     def split(self, text: str, max_tokens: int) -> list[str]:

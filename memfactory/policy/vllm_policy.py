@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from memfactory.draws import episode_seed, seed_of
 from memfactory.episode import Message, StopReason, Turn
 from memfactory.loops import BackgroundLoop
 from memfactory.policy.base import Sampling
-from memfactory.policy.rendering import check_fits, pieces, prompt_of
+from memfactory.policy.rendering import check_fits, digest, pieces, prompt_of
 from memfactory.policy.vllm_pool import ServerPool
 from memfactory.policy.vllm_server import Draw
 
@@ -29,7 +28,8 @@ class VLLMPolicy:
     """A policy whose turns are sampled by vLLM servers.
 
     Each completion is drawn from a seed of its own, made from the seed of the rollout, the prompt, and how often that
-    prompt was asked before: the order in which requests arrive decides nothing.
+    prompt was asked before, or from the episode's own (:mod:`memfactory.draws`): the order in which requests arrive
+    decides nothing.
     """
 
     pool: ServerPool
@@ -129,8 +129,9 @@ class VLLMPolicy:
             self.stop()
 
     def _next_seed(self, prompt_ids: Sequence[int]) -> int:
-        prompt = sha256(array("q", prompt_ids).tobytes()).digest()
+        prompt = digest(prompt_ids)
+        own = episode_seed(self._seed, prompt)
+        if own is not None:
+            return own
         self._asked[prompt] += 1
-        digest = sha256(f"{self._seed}/{self._asked[prompt]}/".encode() + prompt).digest()
-        # vLLM keeps seeds in 64 bits, torch's CPU generator is content with 31
-        return int.from_bytes(digest[:4], "big") >> 1
+        return seed_of(f"{self._seed}/{self._asked[prompt]}/", prompt)

@@ -5,6 +5,7 @@ Used by reward functions and by evaluation alike.
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections import Counter
@@ -56,6 +57,22 @@ def contains(answer: str, gold: Iterable[str]) -> bool:
 def token_f1(answer: str, gold: Iterable[str]) -> float:
     """Largest word-overlap F1 over the aliases, in [0, 1] (the SQuAD convention)."""
     return max((_f1(normalise(answer).split(), normalise(alias).split()) for alias in gold), default=0.0)
+
+
+def bleu_1(answer: str, gold: Iterable[str]) -> float:
+    """Largest BLEU-1 over the aliases, in [0, 1], on normalised words.
+
+    BP * (sum over words of min(count in answer, count in gold)) / |answer|, BP = min(1, exp(1 - |gold| / |answer|))
+    (Papineni et al., ACL 2002, with n = 1).
+    """
+    return max((_bleu_1(normalise(answer).split(), normalise(alias).split()) for alias in gold), default=0.0)
+
+
+def _bleu_1(answer: list[str], gold: list[str]) -> float:
+    if not answer or not gold:
+        return float(answer == gold)
+    common = sum((Counter(answer) & Counter(gold)).values())
+    return min(1.0, math.exp(1 - len(gold) / len(answer))) * common / len(answer)
 
 
 def _f1(answer: list[str], gold: list[str]) -> float:

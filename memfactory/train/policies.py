@@ -57,7 +57,7 @@ def route(
         key = section.policy, own
         if key not in loaded:
             if section.policy in recipe.policies:
-                loaded[key] = _beside(recipe.policies[section.policy], recipe.rollout.generate_token_budget)
+                loaded[key] = beside(recipe.policies[section.policy], recipe.rollout.generate_token_budget)
             else:
                 adapter = hasattr(trained.model, "disable_adapter")
                 frozen = section.policy == "initial" and not adapter
@@ -89,7 +89,7 @@ def _route_served(recipe: Recipe, trained: VLLMPolicy) -> RoutedPolicy:
     for module, section in recipe.modules.items():
         if section.policy in recipe.policies:
             name = section.policy
-            loaded[name] = loaded.get(name) or _beside(recipe.policies[name], recipe.rollout.generate_token_budget)
+            loaded[name] = loaded.get(name) or beside(recipe.policies[name], recipe.rollout.generate_token_budget)
             others[module] = loaded[name]
         elif section.policy != "trained":
             policy = trained.beside(Sampling(section.temperature), base=section.policy == "initial")
@@ -99,7 +99,7 @@ def _route_served(recipe: Recipe, trained: VLLMPolicy) -> RoutedPolicy:
     return RoutedPolicy(trained, others, following)
 
 
-def _beside(section: PolicySection, token_budget: int) -> Policy:
+def beside(section: PolicySection, token_budget: int) -> Policy:
     """A model of `policies:`."""
     if section.base_url is not None:
         from memfactory.policy.endpoint import EndpointPolicy  # its libraries are an extra

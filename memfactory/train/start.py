@@ -104,10 +104,13 @@ def _adapter_base(prepared: Prepared, checkpoint: Path, tokenizer: PreTrainedTok
     return load_model(prepared.recipe.model, tokenizer, prepared.recipe.seed)
 
 
-def load_policy(prepared: Prepared, checkpoint: Path | None) -> RoutedPolicy:
+def load_policy(prepared: Prepared, checkpoint: Path | None, *, learned: bool = True) -> RoutedPolicy:
     """A policy for evaluation: the model saved at `checkpoint`, or the recipe's own starting point.
 
     Models of `policies:` stand beside it, and what learns in the agent beside the policy is as it was saved.
+
+    Args:
+        learned: whether that is wanted; a model from before training has none saved with it.
 
     Raises:
         EngineError: there is no checkpoint at that path.
@@ -127,7 +130,7 @@ def load_policy(prepared: Prepared, checkpoint: Path | None) -> RoutedPolicy:
     policy = TransformersPolicy(
         model, tokenizer, eos_ids=eos_ids(base, tokenizer), token_budget=recipe.rollout.generate_token_budget
     )
-    if checkpoint is not None:
+    if checkpoint is not None and learned:
         Learners(prepared.agent).load(checkpoint)
 
     def initial() -> PreTrainedModel:

@@ -237,7 +237,9 @@ def test_evaluation_names_what_could_not_be_measured(tmp_path: Path) -> None:
     rewards = "rewards=[{name: answer.token_f1}, {name: broken.always, weight: 0.5}]"
     result = run("eval", "memagent/quickstart", "environment.test_tasks=2", rewards, folder=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "sampled_faults/reward" in result.stdout
+    rows = json.loads((tmp_path / "evals" / "quickstart" / "evaluation.json").read_text())["rows"]
+    assert [row["faults"] for row in rows] == [{"reward": 2}, {"reward": 2}]
+    assert [row["dimensions"]["broken.always"] for row in rows] == [None, None]
     assert "could not be measured: reward 'always'" in result.stdout
     assert "broken.py:10" in result.stdout
 

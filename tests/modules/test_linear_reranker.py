@@ -23,7 +23,7 @@ from scipy import stats
 from memfactory.episode import Answer, Choice, Episode, Probe, StopReason, Task, Turn
 from memfactory.errors import EngineError, RecipeErrors
 from memfactory.memory.entries import Entry
-from memfactory.modules import KINDS, build_module
+from memfactory.modules import KINDS, build_module, linear_reranker
 from memfactory.modules.linear_reranker import FILE, Features, Lesson, LinearReranker, log_terms
 from memfactory.search.build import EmbedderOptions
 from memfactory.search.dense import DenseSearcher
@@ -309,9 +309,13 @@ def test_given_its_noise_a_draw_is_from_softmax_without_replacement(
 ) -> None:
     """With the first noise held fixed, every ordered pair comes as often as exp(logprob) says, exactly."""
     reranker, three, rounds = LinearReranker(m=2, draw_seed=1), entries(3), 8000
-    fixed, drawn = np.array([0.3, -0.2, 0.1]), reranker._gumbel
+    fixed, drawn = np.array([0.3, -0.2, 0.1]), linear_reranker._gumbel
     calls = itertools.count()
-    monkeypatch.setattr(reranker, "_gumbel", lambda count: fixed if next(calls) % 2 == 0 else drawn(count))
+
+    def first_fixed(count: int, generator: Any) -> np.ndarray:
+        return fixed if next(calls) % 2 == 0 else drawn(count, generator)
+
+    monkeypatch.setattr(linear_reranker, "_gumbel", first_fixed)
     turns = [reranker.choose("who", three, greedy=False) for _ in range(rounds)]
     choices = [turn.choice for turn in turns if turn.choice is not None]
     counts, chance = Counter(c.chosen for c in choices), {c.chosen: math.exp(c.logprob) for c in choices}

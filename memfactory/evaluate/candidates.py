@@ -1,0 +1,208 @@
+"""What is evaluated: a base model and checkpoints, named and recognised again by their weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from memfactory.agents.baselines import Baseline
+from memfactory.checkpoints import SEAL, damage
+from memfactory.errors import EngineError, RecipeError
+from memfactory.recipe import Recipe
+from memfactory.runs import RunFolder
+
+BASE = "base"
+_WHOLE = 64 * 2**20
+"""Files up to this size are read as a whole for a fingerprint. Unit: bytes."""
+_PIECES, _PIECE = 256, 64 * 2**10
+_WEIGHTS = ("config.json", "adapter_config.json")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One model, and how it is asked."""
+
+    name: str
+    checkpoint: Path | None = None
+    """None: the recipe's own model, untrained, or an endpoint."""
+    fingerprint: str = ""
+    """The same for the same weights, wherever they lie."""
+    untrained: bool = False
+    """What training began with: small models that learn beside the policy are as they were made."""
+    baseline: Baseline | None = None
+    """Asked without the agent's memory, see :mod:`memfactory.agents.baselines`."""
+
+    def as_baseline(self, kind: Baseline) -> Candidate:
+        return replace(self, name=f"{kind} ({self.name})", baseline=kind)
+
+
+def find_candidates(recipe: Recipe, paths: Sequence[Path], *, base: bool = True) -> list[Candidate]:
+    """The base model and the checkpoints at `paths`.
+
+    The base is what the run of the first checkpoint began with: the warmed-up model in its folder, or else the
+    recipe's own.
+
+    Args:
+        paths: each a folder with weights, or a run folder, which stands for the model it ended with or else its
+            newest checkpoint.
+
+    Raises:
+        EngineError: there are no weights at a path, or they are damaged.
+    """
+    found = [_checkpoint(path) for path in paths]
+    first = _started_from(found[0]) if found else None
+    fingerprint = weights_fingerprint(first) if first is not None else _untrained(recipe)
+    own = Candidate(BASE, first, fingerprint, untrained=True)
+    every = [own] if base or not found else []
+    for path, folder in zip(paths, found, strict=True):
+        every.append(Candidate(_name(path, folder), folder, weights_fingerprint(folder)))
+    return _apart(every)
+
+
+def _checkpoint(path: Path) -> Path:
+    """The folder with weights that `path` stands for."""
+    if any((path / name).is_file() for name in _WEIGHTS):
+        folder: Path | None = path
+    elif (path / "recipe.yaml").is_file():
+        folder = path / "model" if (path / "model").is_dir() else RunFolder(path).latest_checkpoint()
+        if folder is None:
+            raise EngineError(f"{path}: the run has no model yet", "no model/ and no checkpoint in it", "let it go on")
+    else:
+        folder = None
+    if folder is None or not any((folder / name).is_file() for name in _WEIGHTS):
+        raise EngineError(
+            f"{path}: no checkpoint in it",
+            "neither config.json nor adapter_config.json" if path.is_dir() else "there is no such folder",
+            "name a run folder, its model/ or a checkpoint-N in its checkpoints/",
+        )
+    if (folder / SEAL).is_file() and (wrong := damage(folder)):
+        raise EngineError(f"{folder} is damaged", wrong, "use another checkpoint, or restore it from a backup")
+    return folder
+
+
+def _started_from(checkpoint: Path) -> Path | None:
+    """The warmed-up model that the run of `checkpoint` began with, where it has one."""
+    for folder in (checkpoint.parent, checkpoint.parent.parent):  # RUN/model, RUN/checkpoints/checkpoint-N
+        if (folder / "initial" / "config.json").is_file():
+            return folder / "initial"
+    return None
+
+
+def _name(path: Path, folder: Path) -> str:
+    path = path.resolve()
+    if path.name == "model":
+        return path.parent.name
+    if path.name.startswith("checkpoint-"):
+        return f"{path.parent.parent.name}/{path.name}"
+    return path.name if folder.resolve() == path or folder.name == "model" else f"{path.name}/{folder.name}"
+
+
+def _apart(candidates: list[Candidate]) -> list[Candidate]:
+    """Names made different, where two are the same."""
+    seen: dict[str, int] = {}
+    named = []
+    for candidate in candidates:
+        seen[candidate.name] = seen.get(candidate.name, 0) + 1
+        number = seen[candidate.name]
+        named.append(candidate if number == 1 else replace(candidate, name=f"{candidate.name} ({number})"))
+    return named
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """16 hex digits that follow from the weights in `folder` and their configuration.
+
+    Of files over 64 MiB, 256 pieces of 64 KiB, evenly spread, are read: training changes every one of them.
+    """
+    digest = hashlib.sha256()
+    files = [file for file in sorted(folder.iterdir()) if _holds_weights(file.name)]
+    for file in [*files, *(folder / name for name in _WEIGHTS if (folder / name).is_file())]:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as stream:
+            if file.name in _WEIGHTS:
+                # where it was saved and by which version says nothing about what it computes
+                told = json.loads(stream.read())
+                left_out = ("transformers_version", "_name_or_path", "base_model_name_or_path")
+                digest.update(
+                    json.dumps({k: v for k, v in told.items() if k not in left_out}, sort_keys=True).encode()
+                )
+            elif size <= _WHOLE:
+                digest.update(stream.read())
+            else:
+                for place in range(_PIECES):
+                    stream.seek(place * (size - _PIECE) // (_PIECES - 1))
+                    digest.update(stream.read(_PIECE))
+    return digest.hexdigest()[:16]
+
+
+def _holds_weights(name: str) -> bool:
+    """Not what training goes on from: optimizer, schedule, random state."""
+    return name.endswith((".safetensors", ".gguf")) or (name.endswith(".bin") and "model" in name)
+
+
+def _untrained(recipe: Recipe) -> str:
+    """Of the recipe's own model: what it is made from."""
+    told = {"model": recipe.model.model_dump(mode="json", exclude={"lora"}), "seed": recipe.seed}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# ---- does it fit the recipe? --------------------------------------------------------------------
+
+
+def check_candidate(candidate: Candidate, recipe: Recipe, tokenizer: Any) -> None:
+    """Fail before a model is loaded where a checkpoint is not one of this recipe.
+
+    Args:
+        tokenizer: the recipe's.
+
+    Raises:
+        EngineError: it is an adapter of another base, or its tokenizer is another one.
+        RecipeError: its configuration is not readable.
+    """
+    folder = candidate.checkpoint
+    if folder is None:
+        return
+    adapter, fix = folder / "adapter_config.json", "give the recipe it was trained with: RUN/recipe.yaml"
+    if adapter.is_file():
+        base = str(_json(adapter).get("base_model_name_or_path") or "")
+        wanted = recipe.model.name
+        warmed = _started_from(folder) is not None
+        if wanted and base and not warmed and not _same(base, wanted):
+            raise EngineError(f"{folder}: an adapter of another base", f"of {base}, and the recipe has {wanted}", fix)
+        if recipe.warmup is not None and not warmed:
+            raise EngineError(
+                f"{folder}: its base model is missing",
+                "this adapter was trained on a warmed-up model, which lies in `initial` in its run folder",
+                "name the checkpoint inside its run folder",
+            )
+        return
+    known: int | None = _json(folder / "config.json").get("vocab_size")
+    if isinstance(known, int) and known < len(tokenizer):
+        why = f"it knows {known} tokens, and the recipe's tokenizer has {len(tokenizer)}"
+        raise EngineError(f"{folder}: a checkpoint of another base", why, fix)
+    if (folder / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        own = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+        other = tokenizer.get_vocab()
+        if own != other:
+            differ = sorted(word for word in own.keys() | other.keys() if own.get(word) != other.get(word))
+            why = f"{len(differ)} tokens have other ids than in the recipe's, e.g. {differ[0]!r}"
+            raise EngineError(f"{folder}: a checkpoint with another tokenizer", why, fix)
+
+
+def _same(base: str, wanted: str) -> bool:
+    """Whether two names of a model may mean the same one: folders and Hub ids are both written in many ways."""
+    return base == wanted or Path(base).name == Path(wanted).name or wanted.startswith("package:")
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{file} is not readable", str(error), "is the checkpoint whole?") from error
+    return data if isinstance(data, dict) else {}

@@ -1,0 +1,132 @@
+"""Suites by name: sizes, files, and what is said where a file is missing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from memfactory.environments.base import Split
+from memfactory.environments.hotpotqa import HotpotQADocuments
+from memfactory.errors import DataError, MemFactoryError, RecipeError, RecipeErrors
+from memfactory.evaluate.suites import load_suite, suites
+from memfactory.reward.catalogue import load_dimension
+
+
+def hotpot_row(number: int, **changes: object) -> dict[str, object]:
+    own = [[f"Title {number}-{n}", [f"Fact {number}-{n} one. ", f"Fact {number}-{n} two."]] for n in range(4)]
+    row = {
+        "_id": f"id{number}",
+        "question": f"What is {number}?",
+        "answer": f"answer {number}",
+        "type": "bridge" if number % 2 else "comparison",
+        "context": own,
+        "supporting_facts": [[f"Title {number}-1", 1], [f"Title {number}-2", 0]],
+    }
+    return row | changes
+
+
+@pytest.fixture
+def hotpot(tmp_path: Path) -> Path:
+    file = tmp_path / "hotpot.json"
+    file.write_text(json.dumps([hotpot_row(number) for number in range(6)]))
+    return file
+
+
+def test_every_shipped_suite_names_what_exists() -> None:
+    for name, suite in suites().items():
+        for metric in suite.metrics:
+            assert load_dimension(metric), name
+        assert suite.differs, f"{name} does not say how it differs from what is published"
+
+
+def test_a_size_and_a_number_of_tasks() -> None:
+    loaded = load_suite("ruler-niah-single@16k", 3)
+    assert loaded.name == "ruler-niah-single@16k"
+    assert len(loaded.tasks) == 3
+    words = len(loaded.tasks[0].stream[0].split())
+    assert 16384 * 0.75 - 20 < words <= 16384 * 0.75
+    assert load_suite("ruler-niah-single@16k", 2).tasks[0] == loaded.tasks[0]
+    # the published size is the most there is
+    assert len(load_suite("dialogues", 10_000).tasks) == 256
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ("rulr-hqa", "did you mean 'ruler-hqa'?"),
+        ("ruler-hqa", "CC BY-SA 4.0) and give it: --suite ruler-hqa=PATH"),
+        ("ruler-hqa=/nowhere.json", "no such file"),
+        ("locomo", "CC BY-NC 4.0: no commercial use) and give it: --suite locomo=PATH"),
+        ("longmemeval", "see its page for the licence"),
+        ("locomo@3", "leave out @3"),
+        ("dialogues=file.json", "leave out =file.json"),
+        ("ruler-niah-single@much", "it counts tokens"),
+        ("memfactory-eval-50=nowhere.json", "no such file"),
+    ],
+)
+def test_what_is_said_of_a_suite_that_cannot_be_had(asked: str, expected: str) -> None:
+    with pytest.raises(MemFactoryError) as caught:
+        load_suite(asked)
+    assert expected in str(caught.value)
+
+
+def test_own_suites_go_first_and_all_their_errors_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "data" / "suites.yaml"
+    file.write_text("dialogues: {summary: mine, environment: fact_words, tasks: 5, metrics: [answer.exact_match]}")
+    assert load_suite("dialogues").tasks[0].id.startswith("fact_words/")
+    assert len(load_suite("dialogues", 9).tasks) == 5
+    file.write_text("a: {summary: x, environment: ruler, metrics: []}\nb: {sumary: x, environment: y, metrics: [z]}")
+    with pytest.raises(RecipeErrors) as caught:
+        suites()
+    assert "a.metrics" in str(caught.value)
+    assert "b.sumary" in str(caught.value)
+
+
+# ---- HotpotQA over many documents ---------------------------------------------------------------
+
+
+def test_a_question_stands_among_as_many_documents_as_asked_for(hotpot: Path) -> None:
+    for documents in (2, 7, 24):
+        tasks = HotpotQADocuments(str(hotpot), documents).tasks(Split.TEST)
+        assert len(tasks) == 6
+        for number, task in enumerate(tasks):
+            (text,) = task.stream
+            assert text.count("Document ") == documents
+            (probe,) = task.probes
+            # the paragraphs that hold the answer are always there, and the evidence is what supports it
+            assert [e.text for e in probe.evidence] == [f"Fact {number}-1 two.", f"Fact {number}-2 one."]
+            assert all(e.text in text for e in probe.evidence)
+            titles = [line for line in text.splitlines() if line.startswith("Title ")]
+            assert len(set(titles)) == documents
+            own = [title for title in titles if title.startswith(f"Title {number}-")]
+            assert len(own) == min(4, documents)  # gold first, then the question's own distractors
+
+
+def test_documents_are_the_same_every_time_and_follow_the_seed(hotpot: Path) -> None:
+    first = HotpotQADocuments(str(hotpot), 8).tasks(Split.TEST)
+    assert first == HotpotQADocuments(str(hotpot), 8).tasks(Split.TEST)
+    assert first[:2] == HotpotQADocuments(str(hotpot), 8).tasks(Split.TEST, 2)
+    other = HotpotQADocuments(str(hotpot), 8, seed=5).tasks(Split.TEST)
+    assert [task.id for task in first] != [task.id for task in other]
+    places = {task.stream[0].index("Title 0-1") for task in (first[0], other[0])}
+    assert len(places) == 2
+
+
+def test_what_hotpotqa_refuses(hotpot: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="24 paragraphs are fewer"):
+        HotpotQADocuments(str(hotpot), 25).tasks(Split.TEST)
+    with pytest.raises(RecipeError, match="no training split"):
+        HotpotQADocuments(str(hotpot)).tasks(Split.TRAIN)
+    with pytest.raises(RecipeError, match="too few"):
+        HotpotQADocuments(str(hotpot), 1)
+    bad = tmp_path / "bad.json"
+    bad.write_text(json.dumps([hotpot_row(0), hotpot_row(1, supporting_facts=[["Nowhere", 0]])]))
+    with pytest.raises(DataError, match=r"row 2: the supporting paragraph 'Nowhere' is not in its context"):
+        HotpotQADocuments(str(bad), 2).tasks(Split.TEST)
+    bad.write_text(json.dumps([hotpot_row(0, context=["only text"])]))
+    with pytest.raises(DataError, match="use the distractor file"):
+        HotpotQADocuments(str(bad), 2).tasks(Split.TEST)
