@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sacrebleu.metrics import BLEU
 
-from memfactory.reward.matching import contains, exact_match, normalise, token_f1
+from memfactory.reward.matching import bleu_1, contains, exact_match, normalise, token_f1
 
 
 @pytest.mark.parametrize(
@@ -108,3 +110,22 @@ def test_any_text_gives_a_number_and_the_measures_agree(answer, gold):
     if contains(answer, gold):
         assert f1 > 0.0
     assert normalise(normalise(answer)) == normalise(answer)
+
+
+def test_bleu_1_of_the_papers_example():
+    """Papineni et al. 2002, section 2.1: "the" seven times; normalisation takes articles away, so "cat" stands in."""
+    assert bleu_1("cat cat cat cat cat cat cat", ["on a mat sat one cat or two cat"]) == pytest.approx(
+        2 / 7 * math.exp(1 - 8 / 7)
+    )
+    assert bleu_1("red", ["red blue"]) == pytest.approx(math.exp(-1))  # every word is right, half of them is said
+
+
+@given(
+    st.lists(st.sampled_from(["red", "blue", "green", "7"]), min_size=1, max_size=9),
+    st.lists(st.lists(st.sampled_from(["red", "blue", "green", "8"]), min_size=1, max_size=9), min_size=1, max_size=3),
+)
+def test_bleu_1_is_sacrebleus(answer, golds):
+    """sacrebleu with one alias at a time: several references at once would be clipped together."""
+    theirs = BLEU(max_ngram_order=1, tokenize="none", smooth_method="none", force=True)
+    best = max(theirs.sentence_score(" ".join(answer), [" ".join(gold)]).score for gold in golds)
+    assert bleu_1(" ".join(answer), [" ".join(gold) for gold in golds]) == pytest.approx(best / 100)
