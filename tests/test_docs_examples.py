@@ -27,6 +27,7 @@ from memfactory.reward.catalogue import load_dimension
 from memfactory.reward.dimension import Missing, Role
 from memfactory.reward.system import RewardSystem
 from memfactory.reward.table import Column, ScoreTable
+from tests.forked import Server
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "docs/examples/careful_agent.py"
@@ -239,12 +240,10 @@ def in_checkout(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_the_example_trains(tmp_path: Path) -> None:
+def test_the_example_trains(forked: Server, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    done = in_checkout(
-        *("-m", "memfactory.cli.main", "train", "docs/examples/careful.yaml", f"output_dir={folder}", *SMALL),
-        *("train.per_device_train_batch_size=16", "train.eval_strategy=no"),
-    )
+    words = ("train.per_device_train_batch_size=16", "train.eval_strategy=no")
+    done = forked.command("train", "docs/examples/careful.yaml", f"output_dir={folder}", *SMALL, *words, folder=ROOT)
     assert done.returncode == 0, done.stderr
     episodes = [json.loads(line) for line in (folder / "episodes.jsonl").read_text().splitlines()]
     trained = [episode for episode in episodes if episode["split"] == "train"]

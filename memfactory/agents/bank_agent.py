@@ -205,7 +205,9 @@ class _Run:
             by_speaker.setdefault(fact.speaker, []).append(fact)
         batches = [[fact] for fact in facts] if updater.per_fact else list(by_speaker.values())
         for number, batch in enumerate(batches):
-            state = UpdateState(tuple(batch), self.retrieval.related([fact.text for fact in batch]))
+            looks_up = getattr(updater, "looks_up", True)
+            related = self.retrieval.related([fact.text for fact in batch]) if looks_up else ()
+            state = UpdateState(tuple(batch), related)
             if hasattr(updater, "apply"):
                 self.change(updater.apply(state), turn=None)
                 continue

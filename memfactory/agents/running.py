@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import zip_longest
+from typing import Any, TypeVar
 
 from memfactory.agents.base import Agent
 from memfactory.draws import of_episode
@@ -15,6 +16,7 @@ from memfactory.errors import MemFactoryError, ServiceError, StoreError
 from memfactory.loops import together
 from memfactory.policy.base import Policy
 
+ResultT = TypeVar("ResultT")
 Faults = tuple[type[MemFactoryError], ...]
 
 OUTSIDE: Faults = (ServiceError, StoreError)
@@ -50,6 +52,19 @@ async def episodes_of(
     return await together(one(task, name) for task, name in zip_longest(tasks, names, fillvalue=""))  # type: ignore[arg-type]
 
 
+def blocking(work: Callable[[], Coroutine[Any, Any, ResultT]]) -> ResultT:
+    """What the coroutine that `work` makes comes to, from ordinary code.
+
+    Called from inside a loop (a notebook), it runs in a thread of its own: asyncio allows no second loop in one.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work())
+    with ThreadPoolExecutor(1, "memfactory-episodes") as thread:
+        return thread.submit(lambda: asyncio.run(work())).result()
+
+
 def run_episodes(
     agent: Agent,
     tasks: Sequence[Task],
@@ -76,28 +91,7 @@ def run_episodes(
         MemFactoryError: the first episode that raised anything else; the others are cancelled.
     """
 
-    def everything() -> list[Episode]:
-        return asyncio.run(episodes_of(agent, tasks, policy, on_done, names=names, tolerated=tolerated))
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return everything()
-    # Called from inside a loop (a notebook): asyncio allows no second one in this thread.
-    outcome: list[Episode | BaseException] = []
-
-    def target() -> None:
-        try:
-            outcome.extend(everything())
-        except BaseException as error:
-            outcome[:] = [error]
-
-    thread = threading.Thread(target=target, name="memfactory-episodes")
-    thread.start()
-    thread.join()
-    if outcome and isinstance(outcome[0], BaseException):
-        raise outcome[0]
-    return [episode for episode in outcome if isinstance(episode, Episode)]
+    return blocking(lambda: episodes_of(agent, tasks, policy, on_done, names=names, tolerated=tolerated))
 
 
 def _cause(error: Exception, tolerated: Faults) -> MemFactoryError | None:

@@ -222,6 +222,8 @@ class AddAll:
 
     name: str = "update"
     per_fact: bool = False
+    looks_up: bool = False
+    """It reads no related entries, so none are searched for."""
 
     def apply(self, state: UpdateState) -> list[Operation]:
         return [

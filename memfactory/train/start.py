@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import get_peft_model
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memfactory.checkpoints import saving
 from memfactory.errors import EngineError
-from memfactory.policy.models import eos_ids, load_checkpoint, load_model, load_tokenizer
+from memfactory.policy.models import eos_ids, load_checkpoint, load_model, load_tokenizer, lora_config
 from memfactory.policy.routing import RoutedPolicy
 from memfactory.policy.transformers_backend import TransformersPolicy
 from memfactory.runs import RunFolder
@@ -124,6 +125,9 @@ def load_policy(prepared: Prepared, checkpoint: Path | None, *, learned: bool = 
         model = load_checkpoint(checkpoint, recipe.model, _adapter_base(prepared, checkpoint, tokenizer))
     else:
         model = load_checkpoint(checkpoint, recipe.model)
+    if recipe.rollout.served and recipe.model.lora is not None and not hasattr(model, "peft_config"):
+        # A server is sent adapters: a fresh one changes nothing, and the canary finds a server of other weights.
+        model = get_peft_model(model, lora_config(recipe.model.lora))
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     model.to(device or torch.device("cpu")).eval()
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memfactory.agents.base import Agent
-from memfactory.agents.running import run_episodes
+from memfactory.agents.running import blocking, episodes_of
 from memfactory.environments.base import Environment
 from memfactory.episode import Message, StopReason, Task, Turn
 from memfactory.errors import RecipeError
@@ -98,6 +98,20 @@ def teacher_rows(
     seed: int,
 ) -> list[Row]:
     """`count` rows of the teacher on `tasks`, in random order; tasks repeat with other moods of the teacher."""
+    rows = blocking(lambda: _taught(agent, environment, tasks, tokenizer, count, seed))
+    random.Random(seed).shuffle(rows)
+    return rows[:count]
+
+
+async def _taught(
+    agent: Agent,
+    environment: TeachingEnvironment,
+    tasks: Sequence[Task],
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    seed: int,
+) -> list[Row]:
+    """At least `count` rows, in order. One event loop for all: to make one takes longer than a short episode."""
     rows: list[Row] = []
     number = 0
     while len(rows) < count:
@@ -105,10 +119,9 @@ def teacher_rows(
         script = environment.teacher(task, seed * 1_000_003 + number)
         # what draws without a model (a linear reranker) shows good choices and poor ones: each task has both by turns
         greedy = (number + number // len(tasks)) % 2 == 0
-        rows += build_rows(run_episodes(agent, [task], _TeacherPolicy(tokenizer, script, greedy)))
+        rows += build_rows(await episodes_of(agent, [task], _TeacherPolicy(tokenizer, script, greedy)))
         number += 1
-    random.Random(seed).shuffle(rows)
-    return rows[:count]
+    return rows
 
 
 def warm_up(

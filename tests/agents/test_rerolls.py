@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +17,7 @@ from memfactory.memory.bank import EntryBank
 from memfactory.recipe import CreditSection
 from memfactory.reward.catalogue import WeightedDimension, load_dimension
 from memfactory.reward.system import RewardSystem
+from tests.forked import Server
 
 AGENT = BankAgent(
     extract={"kind": "lines"}, update={"kind": "words"}, retrieve={"kind": "search", "k": 1}, answer={"kind": "words"}
@@ -125,14 +123,14 @@ def test_a_local_group_is_compared_with_itself_alone():
 
 
 @pytest.mark.slow
-def test_a_training_run_with_rerolls(tmp_path: Path):
+def test_a_training_run_with_rerolls(forked: Server, tmp_path: Path):
     command = [
-        *(sys.executable, "-m", "memfactory.cli.main", "train", "memory_r1/quickstart", f"output_dir={tmp_path}/run"),
+        *("train", "memory_r1/quickstart", f"output_dir={tmp_path}/run"),
         *("warmup.steps=30", "train.max_steps=2", "train.eval_strategy=no", "environment.test_tasks=8"),
         *("train.per_device_train_batch_size=16", "rollout.rerolls={share: 0.5, count: 4}", "credit.attribute=shown"),
         *("rollout.log_episodes=1000", "environment.train_tasks=32"),
     ]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}, timeout=300)
+    forked.run(command)
     lines = [json.loads(line) for line in (tmp_path / "run/episodes.jsonl").read_text().splitlines()]
     trained = [line for line in lines if line["split"] == "train"]
     local = [line for line in trained if "reroll" in line["task"]["metadata"]]

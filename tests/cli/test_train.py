@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,19 +18,18 @@ from memfactory.plugins import shipped
 from memfactory.runs import RunFolder
 from memfactory.train.prepare import prepare
 from memfactory.train.run import train
+from tests.forked import Server
 
 QUICKSTART = shipped("recipes") / "memagent" / "quickstart.yaml"
 
 
-def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "memfactory.cli.main", *arguments],
-        cwd=folder,
-        env=os.environ | {"COLUMNS": "200", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run(forked: Server) -> Run:
+    """`memfactory` with some arguments in a folder."""
+    return forked.command
 
 
 def errors_of(*overrides: str) -> str:
@@ -39,7 +38,7 @@ def errors_of(*overrides: str) -> str:
     return str(caught.value)
 
 
-def test_all_recipe_errors_are_printed_together_with_the_nearest_key(tmp_path: Path) -> None:
+def test_all_recipe_errors_are_printed_together_with_the_nearest_key(run: Run, tmp_path: Path) -> None:
     result = run(
         *("train", "memagent/quickstart", "modle.name=x", "train.learning_rat=1", "train.num_generations=1"),
         *("eval.samples=many", "warmup.stepz=3", "train.max_steps=lots", "output_dir=out"),
@@ -73,7 +72,7 @@ def test_a_group_needs_two_episodes(size: int) -> None:
     assert "nothing to compare" in errors_of(f"train.num_generations={size}")
 
 
-def test_wrong_batch_arithmetic_is_the_recipes_fault(tmp_path: Path) -> None:
+def test_wrong_batch_arithmetic_is_the_recipes_fault(run: Run, tmp_path: Path) -> None:
     result = run(
         *("train", "memagent/quickstart", "--dry-run", "train.per_device_train_batch_size=12"), folder=tmp_path
     )
@@ -81,7 +80,7 @@ def test_wrong_batch_arithmetic_is_the_recipes_fault(tmp_path: Path) -> None:
     assert "divisible" in result.stderr
 
 
-def test_missing_recipe_file(tmp_path: Path) -> None:
+def test_missing_recipe_file(run: Run, tmp_path: Path) -> None:
     result = run("train", "memagent/quickstrat", folder=tmp_path)
     assert result.returncode == 2
     assert "memagent/quickstart" in result.stderr
@@ -123,7 +122,7 @@ def test_a_signal_before_a_run_has_its_folder_leaves_what_lies_there(tmp_path: P
     assert folder.summary_file.read_bytes() == before
 
 
-def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
+def test_a_finished_run_is_left_as_it_is(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     small = ("train.max_steps=1", "warmup.steps=1", "environment.train_tasks=16", "environment.test_tasks=2")
     first = run("train", "memagent/quickstart", f"output_dir={folder}", *small, folder=tmp_path)
@@ -150,7 +149,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
         "memagent/quickstart-gated aggregate.gate=veto",  # under a veto nothing that a stand-in writes has a reward
     ],
 )
-def test_every_shipped_recipe_passes_the_dry_run(tmp_path: Path, words: str) -> None:
+def test_every_shipped_recipe_passes_the_dry_run(run: Run, tmp_path: Path, words: str) -> None:
     result = run("train", *words.split(), "--dry-run", folder=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "dry run passed" in result.stdout
@@ -167,7 +166,7 @@ def test_evaluation_needs_the_test_split_alone() -> None:
     assert len(prepared.eval_tasks) == 256
 
 
-def test_eval_without_a_checkpoint_in_the_folder_says_so(tmp_path: Path) -> None:
+def test_eval_without_a_checkpoint_in_the_folder_says_so(run: Run, tmp_path: Path) -> None:
     result = run("eval", "memagent/quickstart", "--checkpoint", str(tmp_path), folder=tmp_path)
     assert result.returncode == 1
     assert "no checkpoint" in result.stderr
@@ -188,7 +187,7 @@ SMALL = ("warmup.steps=5", "train.max_steps=2", "train.per_device_train_batch_si
 
 
 @pytest.mark.slow
-def test_a_reward_that_fails_now_and_then_is_counted_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_reward_that_fails_now_and_then_is_counted_and_the_run_goes_on(run: Run, tmp_path: Path) -> None:
     (tmp_path / "rewards").mkdir()
     (tmp_path / "rewards" / "broken.py").write_text(BROKEN)
     rewards = "rewards=[{name: answer.token_f1}, {name: broken.sometimes, weight: 0.1}]"
@@ -218,7 +217,7 @@ def test_a_reward_that_fails_now_and_then_is_counted_and_the_run_goes_on(tmp_pat
 
 
 @pytest.mark.slow
-def test_a_reward_that_always_fails_stops_the_run_with_its_name_and_line(tmp_path: Path) -> None:
+def test_a_reward_that_always_fails_stops_the_run_with_its_name_and_line(run: Run, tmp_path: Path) -> None:
     (tmp_path / "rewards").mkdir()
     (tmp_path / "rewards" / "broken.py").write_text(BROKEN)
     rewards = "rewards=[{name: answer.token_f1}, {name: broken.always, role: gate}]"
@@ -231,7 +230,7 @@ def test_a_reward_that_always_fails_stops_the_run_with_its_name_and_line(tmp_pat
 
 
 @pytest.mark.slow
-def test_evaluation_names_what_could_not_be_measured(tmp_path: Path) -> None:
+def test_evaluation_names_what_could_not_be_measured(run: Run, tmp_path: Path) -> None:
     (tmp_path / "rewards").mkdir()
     (tmp_path / "rewards" / "broken.py").write_text(BROKEN)
     rewards = "rewards=[{name: answer.token_f1}, {name: broken.always, weight: 0.5}]"

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,36 +19,17 @@ from memfactory.evaluate.candidates import find_candidates, weights_fingerprint
 from memfactory.evaluate.job import Asked, Done, run_evaluation
 from memfactory.recipe import load_recipe
 from memfactory.train.callbacks import progress_bar
+from tests.forked import Server
 
 TASKS = 10
 
 
-def command(*arguments: str, folder: Path) -> list[str]:
-    return [sys.executable, "-m", "memfactory.cli.main", *arguments]
-
-
-def start(*arguments: str, folder: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command(*arguments, folder=folder),
-        cwd=folder,
-        env=os.environ | {"COLUMNS": "220"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(forked: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps, with a warmed-up model to begin with."""
     run = tmp_path_factory.mktemp("evaluated") / "short"
     small = ("warmup.steps=30", "train.max_steps=2", "train.per_device_train_batch_size=32", "train.save_steps=1")
-    process = start(
-        *("train", "memagent/quickstart", f"output_dir={run}", f"environment.test_tasks={TASKS}", *small),
-        folder=run.parent,
-    )
-    told, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, told
+    forked.run(["train", "memagent/quickstart", f"output_dir={run}", f"environment.test_tasks={TASKS}", *small])
     return run
 
 
@@ -124,28 +102,26 @@ def test_base_and_checkpoint_in_one_table_with_the_numbers_of_training(trained: 
 
 
 @pytest.mark.slow
-def test_a_killed_evaluation_goes_on_to_the_same_table(trained: Path, tmp_path: Path) -> None:
+def test_a_killed_evaluation_goes_on_to_the_same_table(forked: Server, trained: Path, tmp_path: Path) -> None:
     words = ("eval", str(trained / "recipe.yaml"), "environment.test_tasks=60", "--checkpoint", str(trained))
     # few at a time, so that there is a middle to be killed in
     words = (*words, "rollout.generate_token_budget=2500", "--samples", "2", "--output")
-    process = start(*words, "killed", folder=tmp_path)
+    run = forked.start([*words, "killed"], folder=tmp_path)
     file, wanted = tmp_path / "killed" / "episodes.jsonl", 0.6 * 360
-    while process.poll() is None and (not file.exists() or file.read_bytes().count(b"\n") < wanted):
+    while not file.exists() or file.read_bytes().count(b"\n") < wanted:
         time.sleep(0.01)
-    assert process.poll() is None, process.communicate()[0]
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    run.send(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL, run.output
     assert not (tmp_path / "killed" / "evaluation.json").exists()
     with file.open("ab") as stream:
         stream.write(b'{"schema": 1, "key": "torn')  # a line that was being written
     there = file.read_bytes().count(b"\n")
     assert wanted <= there < 360
-    goes_on = start(*words, "killed", folder=tmp_path)
-    told, _ = goes_on.communicate(timeout=300)
-    assert goes_on.returncode == 0, told
-    assert f"{360 - there} episodes run, {there} taken from" in told
-    through = start(*words, "through", folder=tmp_path)
-    assert through.wait(timeout=300) == 0
+    goes_on = forked.command(*words, "killed", folder=tmp_path)
+    assert goes_on.returncode == 0, goes_on.stderr
+    assert f"{360 - there} episodes run, {there} taken from" in goes_on.stdout
+    through = forked.command(*words, "through", folder=tmp_path)
+    assert through.returncode == 0, through.stderr
     assert without_seconds(tmp_path / "killed") == without_seconds(tmp_path / "through")
 
     def texts(name: str) -> dict[str, list[str]]:
@@ -168,7 +144,7 @@ def test_an_episode_depends_on_nothing_that_is_run_beside_it(trained: Path, tmp_
 
 
 @pytest.mark.slow
-def test_suites_and_baselines_stand_in_the_same_table(trained: Path, tmp_path: Path) -> None:
+def test_suites_and_baselines_stand_in_the_same_table(forked: Server, trained: Path, tmp_path: Path) -> None:
     """The tiny model knows no other words than the quickstart's, so its own generator stands in for a suite."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "suites.yaml").write_text(
@@ -177,9 +153,9 @@ def test_suites_and_baselines_stand_in_the_same_table(trained: Path, tmp_path: P
         "  metrics: [answer.containment, answer.token_f1]\n  differs: it is our own\n"
     )
     words = ("eval", str(trained / "recipe.yaml"), "--checkpoint", str(trained), "--suite", "longer@8")
-    process = start(*words, "--suite", "recipe", "--tasks", "6", "--baselines", "--output", "out", folder=tmp_path)
-    told, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, told
+    more = ("--suite", "recipe", "--tasks", "6", "--baselines", "--output", "out")
+    done = forked.command(*words, *more, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
     rows = stored(tmp_path / "out")["rows"]
     candidates = ["base", "short", *(f"{kind} (base)" for kind in ("full_context", "no_memory", "bm25", "oracle"))]
     assert [(row["suite"], row["mode"], row["candidate"]) for row in rows] == [
@@ -191,7 +167,7 @@ def test_suites_and_baselines_stand_in_the_same_table(trained: Path, tmp_path: P
         for name in candidates
     ]
     assert {row["metric"] for row in rows} == {"answer.containment", "answer.exact_match"}
-    assert "longer@8: it is our own" in told
+    assert "longer@8: it is our own" in done.stdout
     by_name = {row["candidate"]: row for row in rows[: len(candidates)]}
     # eight chunks and an answer against one turn; the whole document is longer than any turn of the agent
     turns = {line["candidate"]: len(line["turns"]) for line in lines(tmp_path / "out") if line["split"] == "longer@8"}

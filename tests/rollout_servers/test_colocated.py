@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -13,11 +11,9 @@ from typing import Any
 import psutil
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # `engines` is shared by folders of tests
-
-from engines import engine_python
-
 from memfactory.policy.vllm_process import MARK
+from tests.engines import engine_python
+from tests.forked import Server
 
 pytestmark = pytest.mark.slow
 
@@ -26,11 +22,11 @@ def command(folder: Path, *overrides: str) -> list[str]:
     recipe = ["memagent/quickstart-vllm", f"output_dir={folder}", "rollout.vllm.mode=colocate", *overrides]
     small = ["warmup.steps=5", "environment.train_tasks=32", "environment.test_tasks=4", "train.eval_strategy=no"]
     sizes = ["train.per_device_train_batch_size=16", "train.max_steps=2", "train.save_steps=1"]
-    return [sys.executable, "-m", "memfactory.cli.main", "train", *recipe, *small, *sizes]
+    return ["train", *recipe, *small, *sizes]
 
 
 def environ() -> dict[str, str]:
-    return os.environ | {"MEMFACTORY_VLLM_PYTHON": engine_python("vllm"), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    return {"MEMFACTORY_VLLM_PYTHON": engine_python("vllm"), "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
 def left_over(folder: Path) -> list[psutil.Process]:
@@ -45,12 +41,9 @@ def left_over(folder: Path) -> list[psutil.Process]:
     return found
 
 
-def test_all_weights_are_trained_with_one_command(tmp_path: Path) -> None:
+def test_all_weights_are_trained_with_one_command(forked: Server, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    done = subprocess.run(
-        command(run, "model.lora=null"), env=environ(), capture_output=True, text=True, timeout=400, check=False
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    forked.run(command(run, "model.lora=null"), environment=environ())
     assert json.loads((run / "summary.json").read_text())["stopped"] == "finished"
     lines: list[dict[str, Any]] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line["values"] for line in lines if line["phase"] == "train"]
@@ -62,17 +55,15 @@ def test_all_weights_are_trained_with_one_command(tmp_path: Path) -> None:
     assert not left_over(run)
 
 
-def test_the_server_of_a_killed_trainer_ends(tmp_path: Path) -> None:
+def test_the_server_of_a_killed_trainer_ends(forked: Server, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with (tmp_path / "log").open("w") as log:
-        trainer = subprocess.Popen(command(run), env=environ(), stdout=log, stderr=log)
-        end = time.monotonic() + 300
-        while not (started := left_over(run)) and time.monotonic() < end and trainer.poll() is None:
-            time.sleep(0.2)
-        assert trainer.poll() is None, (tmp_path / "log").read_text()[-3000:]
-        assert started
-        trainer.kill()
-        trainer.wait()
+    trainer = forked.start(command(run), environment=environ())
+    end = time.monotonic() + 120
+    while not (started := left_over(run)) and time.monotonic() < end:
+        time.sleep(0.2)
+    trainer.send(signal.SIGKILL)
+    assert trainer.wait() == -signal.SIGKILL, trainer.output[-3000:]
+    assert started, trainer.output[-3000:]
     end = time.monotonic() + 30
     while left_over(run) and time.monotonic() < end:
         time.sleep(0.2)

@@ -27,7 +27,7 @@ from vllm_serving import START, fresh_logprobs, prompts
 
 from memfactory.policy.vllm_process import MARK, RolloutServer, end_leftovers
 from memfactory.runs import RunFolder
-from tests.train.forked import Server
+from tests.forked import Server
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -19,12 +20,15 @@ from vllm_serving import SHAPE, WORDS, ask, fresh_logprobs, prompts
 from memfactory.doctor.check import Level
 from memfactory.episode import StopReason
 from memfactory.errors import EngineError
+from memfactory.evaluate.job import Asked, run_evaluation
 from memfactory.policy.base import Sampling
+from memfactory.policy.models import load_checkpoint
 from memfactory.policy.tiny import tiny_model, tiny_tokenizer
 from memfactory.policy.vllm_needs import BASE
 from memfactory.policy.vllm_policy import LOOP
 from memfactory.policy.vllm_pool import Canary, Weights
 from memfactory.policy.vllm_server import VLLMServer
+from memfactory.train.callbacks import progress_bar
 from memfactory.train.prepare import prepare
 from memfactory.train.serving import served
 from memfactory.train.start import load_policy
@@ -243,6 +247,37 @@ def test_an_evaluation_asks_for_the_weights_of_its_checkpoint(serving, tmp_path)
     turns = ask(routed, prompts(3))
     assert max((torch.tensor(t.logprobs) - fresh_logprobs(model, t)).abs().max() for t in turns) < 1e-4
     routed.close()
+
+
+def test_an_evaluation_of_the_base_model_samples_from_it(serving, tmp_path):
+    """A recipe with adapters, and weights without one: a server of other weights would be told."""
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(serving.recipe().dump() | {"output_dir": str(tmp_path)}))
+    routed = load_policy(prepare(tmp_path / "recipe.yaml", splits=()), None)
+    base = load_checkpoint(serving.folder / "base", serving.recipe().model).eval()
+    turns = ask(routed, prompts(3))
+    assert max((torch.tensor(t.logprobs) - fresh_logprobs(base, t)).abs().max() for t in turns) < 1e-4
+    routed.close()
+
+
+def test_an_endpoint_writes_what_the_same_weights_write_here(serving, tmp_path):
+    """`memfactory eval --endpoint`: the server as any OpenAI-compatible one, beside transformers in the same table."""
+    told = serving.recipe().dump() | {"rollout": {}}
+    told["model"]["lora"] = None
+    told["environment"] |= {"train_tasks": 4, "test_tasks": 6}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(told))
+    asked = Asked(
+        tmp_path / "recipe.yaml", endpoint=f"{serving.url}/v1", model=BASE, checkpoints=[serving.folder / "base"]
+    )
+    with progress_bar(Console(quiet=True)) as progress:
+        done = run_evaluation(asked, tmp_path / "eval", progress)
+    here, there = (row for row in done.rows if row.mode == "greedy" and row.candidate in ("base", BASE))
+    texts: dict[str, dict[str, list[str]]] = {}
+    for line in map(json.loads, (tmp_path / "eval" / "episodes.jsonl").read_text().splitlines()):
+        if line["mode"] == "greedy":
+            texts.setdefault(line["candidate"], {})[line["task"]["id"]] = [turn["text"] for turn in line["turns"]]
+    assert texts[here.candidate] == texts[there.candidate]
+    assert any(text for turns in texts[here.candidate].values() for text in turns)
+    assert (here.mean, here.failed) == (there.mean, 0)
 
 
 def test_nothing_is_sampled_before_weights_were_sent(serving):

@@ -8,7 +8,6 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 
 from memfactory.runs import RunFolder
 from memfactory.train.ledger import REASONS
-from tests.train.forked import Server
+from tests.forked import Server
 
 # 5 tasks, 2 to a batch: one is left over in every pass, and 6 steps are three passes
 SMALL = (
@@ -50,10 +49,8 @@ def command(folder: Path, *options: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"))
-    yield server
-    server.close()
+def server(forked: Server) -> Server:
+    return forked
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from memfactory.episode import Episode, StopReason, Task, Turn
 from memfactory.plugins import shipped
 from memfactory.recipe import load_recipe
 from memfactory.train.learners import Learners
+from tests.forked import Forked, Server
 
 RECIPE = shipped("recipes") / "rmm" / "quickstart.yaml"
 
@@ -101,22 +99,15 @@ _SMALL = (
 )
 
 
-def start(folder: Path, *overrides: str, **environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "memfactory.cli.main", "train", "rmm/quickstart", f"output_dir={folder}"]
-    environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"} | environment
-    return subprocess.Popen(
-        [*command, *_SMALL, *overrides],
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+def start(forked: Server, folder: Path, *overrides: str, **environment: str) -> Forked:
+    return forked.start(
+        ["train", "rmm/quickstart", f"output_dir={folder}", *_SMALL, *overrides], environment=environment
     )
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=280)
-    assert process.returncode == 0, output
-    return output
+def finish(run: Forked) -> str:
+    assert run.wait() == 0, run.output[-3000:]
+    return run.output
 
 
 def learned(folder: Path, rank: int = 0, step: int = 4) -> list[torch.Tensor]:
@@ -127,9 +118,9 @@ def learned(folder: Path, rank: int = 0, step: int = 4) -> list[torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_only_the_reranker_moves_and_a_resumed_run_ends_alike(tmp_path: Path) -> None:
+def test_only_the_reranker_moves_and_a_resumed_run_ends_alike(forked: Server, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    output = finish(start(whole))
+    output = finish(start(forked, whole))
     assert "no update" not in output
     initial, model = load_file(whole / "initial/model.safetensors"), load_file(whole / "model/model.safetensors")
     assert all(torch.equal(initial[name], tensor) for name, tensor in model.items())
@@ -145,25 +136,21 @@ def test_only_the_reranker_moves_and_a_resumed_run_ends_alike(tmp_path: Path) ->
     shutil.rmtree(cut / "model")
     summary = json.loads((cut / "summary.json").read_text())
     (cut / "summary.json").write_text(json.dumps(summary | {"stopped": "unfinished"}))
-    assert "resuming from" in finish(start(cut, "--resume"))
+    assert "resuming from" in finish(start(forked, cut, "--resume"))
     for name, matrix in load_file(cut / "model/rerank.safetensors").items():
         assert torch.equal(matrix, matrices[name]), name
 
 
 @pytest.mark.slow
-def test_two_ranks_end_with_the_same_reranker(tmp_path: Path) -> None:
+def test_two_ranks_end_with_the_same_reranker(forked: Server, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     both = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     folder = tmp_path / "run"
-    ranks = [start(folder, **both, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
-    try:
-        for process in ranks:
-            finish(process)
-    finally:
-        for process in ranks:
-            process.kill()
+    ranks = [start(forked, folder, **both, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+    for rank in ranks:
+        finish(rank)
     first, second = learned(folder, 0), learned(folder, 1)
     assert all(torch.equal(ours, theirs) and ours.any() for ours, theirs in zip(first, second, strict=True))
     initial, model = load_file(folder / "initial/model.safetensors"), load_file(folder / "model/model.safetensors")

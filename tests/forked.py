@@ -1,4 +1,4 @@
-"""Starts training runs in forked processes, so that a run which is to be killed costs a second and not fifteen.
+"""Runs `memfactory` in forked processes: importing torch and TRL takes twelve seconds, and a fork has them.
 
 A server process imports everything once and answers lines of JSON on its standard input: an order to start by forking
 a child, which runs the `memfactory` command, and with the child's process id; an order to wait with how it ended.
@@ -20,7 +20,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 class Forked:
@@ -48,7 +48,7 @@ class Server:
     def __init__(self, folder: Path) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
         environment |= {"COLUMNS": "300", "TRL_EXPERIMENTAL_SILENCE": "1"}
-        command = [sys.executable, "-m", "tests.train.forked"]
+        command = [sys.executable, "-m", "tests.forked"]
         self.folder, self.count = folder, 0
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -69,6 +69,8 @@ class Server:
         do: str = "kill",
         largest: int = 0,
         environment: dict[str, str] | None = None,
+        folder: Path | None = None,
+        apart: bool = False,
     ) -> Forked:
         """Begin a run.
 
@@ -77,11 +79,23 @@ class Server:
             do: what is to happen there: ``kill``, or the name of a signal that the run sends itself.
             largest: no file may be larger; 0 for no limit. Unit: bytes.
             environment: variables to add.
+            folder: where the run works; absent: the checkout.
+            apart: what it writes to standard error goes to a file of its own, the log's name with `.err`.
         """
         self.count += 1
         log = self.folder / f"log{self.count}.txt"
-        order = {"arguments": arguments, "log": str(log), "at": at, "do": do, "largest": largest}
+        order = {"arguments": arguments, "log": str(log), "at": at, "do": do, "largest": largest, "apart": apart}
+        order["folder"] = str(folder or ROOT)
         return Forked(self, log, self.ask(order | {"environment": environment or {}}))
+
+    def command(
+        self, *arguments: str, folder: Path, environment: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """`memfactory` with `arguments` in `folder`, to its end."""
+        run = self.start(list(arguments), folder=folder, environment=environment, apart=True)
+        code = run.wait()
+        told, wrong = (Path(f"{run.log}{end}").read_text() for end in ("", ".err"))
+        return subprocess.CompletedProcess(list(arguments), code, told, wrong)
 
     def run(self, arguments: list[str], code: int = 0, **options: Any) -> str:
         """A run to its end; its output."""
@@ -119,7 +133,9 @@ def strike(at: str, do: str) -> None:
 def child(order: dict[str, Any]) -> None:
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
-    os.dup2(log, 2)
+    os.dup2(os.open(order["log"] + ".err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if order["apart"] else log, 2)
+    os.chdir(order["folder"])
+    sys.path[0] = order["folder"]
     code: Any = 0
     os.environ.update(order["environment"])
     try:
