@@ -105,6 +105,10 @@ class EngineError(MemFactoryError):
     fault = "engine"
 
 
+class TooLongError(EngineError):
+    """A prompt, with room for its reply, is longer than the model takes. Who serves it blames who sent the text."""
+
+
 @contextmanager
 def boundary(zone: type[MemFactoryError], what: str, fix: str = "") -> Iterator[None]:
     """Turn any exception thrown inside into `zone`, keeping the original as its cause.

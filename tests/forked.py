@@ -71,6 +71,7 @@ class Server:
         environment: dict[str, str] | None = None,
         folder: Path | None = None,
         apart: bool = False,
+        typed: str = "",
     ) -> Forked:
         """Begin a run.
 
@@ -81,18 +82,20 @@ class Server:
             environment: variables to add.
             folder: where the run works; absent: the checkout.
             apart: what it writes to standard error goes to a file of its own, the log's name with `.err`.
+            typed: what stands on its standard input.
         """
         self.count += 1
         log = self.folder / f"log{self.count}.txt"
         order = {"arguments": arguments, "log": str(log), "at": at, "do": do, "largest": largest, "apart": apart}
+        Path(f"{log}.in").write_text(typed, encoding="utf-8")
         order["folder"] = str(folder or ROOT)
         return Forked(self, log, self.ask(order | {"environment": environment or {}}))
 
     def command(
-        self, *arguments: str, folder: Path, environment: dict[str, str] | None = None
+        self, *arguments: str, folder: Path, environment: dict[str, str] | None = None, typed: str = ""
     ) -> subprocess.CompletedProcess[str]:
         """`memfactory` with `arguments` in `folder`, to its end."""
-        run = self.start(list(arguments), folder=folder, environment=environment, apart=True)
+        run = self.start(list(arguments), folder=folder, environment=environment, apart=True, typed=typed)
         code = run.wait()
         told, wrong = (Path(f"{run.log}{end}").read_text() for end in ("", ".err"))
         return subprocess.CompletedProcess(list(arguments), code, told, wrong)
@@ -131,6 +134,7 @@ def strike(at: str, do: str) -> None:
 
 
 def child(order: dict[str, Any]) -> None:
+    os.dup2(os.open(order["log"] + ".in", os.O_RDONLY), 0)
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(os.open(order["log"] + ".err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if order["apart"] else log, 2)

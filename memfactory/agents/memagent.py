@@ -116,7 +116,9 @@ class MemAgent:
         memory = store if store is not None else TextMemory()
         episode = Episode(task)
         question = "\n".join(probe.question for probe in task.probes)
-        for index, chunk in enumerate(self.chunks(task, policy)):
+        # who comes with a memory may ask without anything new to read
+        chunks = self.chunks(task, policy) if task.stream or store is None else []
+        for index, chunk in enumerate(chunks):
             turn, text = await ask(
                 policy,
                 self.writer,

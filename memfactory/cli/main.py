@@ -22,6 +22,8 @@ COMMANDS = {
     "train": ("memfactory.cli.train:train", "Train an agent with a recipe."),
     "launch": ("memfactory.cli.launch:launch", "Train on several processes, GPUs or nodes."),
     "eval": ("memfactory.cli.eval:evaluate", "Measure a checkpoint with the agent of its recipe."),
+    "chat": ("memfactory.cli.chat:chat", "Talk to a trained agent in the terminal."),
+    "serve": ("memfactory.cli.serve:serve", "Offer a trained agent as an OpenAI-compatible server."),
     "serve-rollouts": (
         "memfactory.cli.serve_rollouts:serve_rollouts",
         "Start the vLLM server a run samples from.",

@@ -96,13 +96,17 @@ class SqliteStore:
         path: the file; created where there is none.
         busy_seconds: how long to wait for another writer before giving up.
         limits: longest text, key, time and tags of an operation.
+        flush: whether what is written is on the disk when the call returns. Without, it is there once any store of
+            this file that does flush has written something later: for drafts that count for nothing until then.
 
     Raises:
         StoreError: the file cannot be opened, is no memory bank, or is of a newer version. Its text ends with the fix.
     """
 
-    def __init__(self, path: str | Path, *, busy_seconds: float = 30.0, limits: Limits | None = None) -> None:
-        self.path, self.busy_seconds, self.limits = str(path), busy_seconds, limits or Limits()
+    def __init__(
+        self, path: str | Path, *, busy_seconds: float = 30.0, limits: Limits | None = None, flush: bool = True
+    ) -> None:
+        self.path, self.busy_seconds, self.limits, self.flush = str(path), busy_seconds, limits or Limits(), flush
         if self.path in ("", ":memory:"):  # every thread would get a database of its own
             raise StoreError("a SqliteStore needs a file", f"path is {self.path!r}", "in memory, use EntryBank")
         self._local = threading.local()
@@ -197,7 +201,7 @@ class SqliteStore:
                     f"its journal stays in mode {mode!r}",
                     "use a file on a local disk",
                 )
-            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute(f"PRAGMA synchronous = {'FULL' if self.flush else 'NORMAL'}")
         except BaseException:
             connection.close()
             raise
@@ -215,8 +219,15 @@ class SqliteStore:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """One transaction that may write: all of what is done inside is kept, or nothing."""
+        """One transaction that may write: all of what is done inside is kept, or nothing.
+
+        Inside another one of this thread it is a part of that: several banks, or a bank and tables beside it, change
+        together.
+        """
         connection = self.connection()
+        if connection.in_transaction:
+            yield connection
+            return
         # IMMEDIATE: a transaction that begins by reading cannot wait for another writer, it fails
         connection.execute("BEGIN IMMEDIATE")
         try:

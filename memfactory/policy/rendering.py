@@ -10,7 +10,7 @@ from typing import Any, cast
 from transformers import PreTrainedTokenizerBase
 
 from memfactory.episode import Message
-from memfactory.errors import EngineError, boundary
+from memfactory.errors import EngineError, TooLongError, boundary
 
 
 def prompt_of(
@@ -41,10 +41,10 @@ def check_fits(prompt: int, max_tokens: int, limit: int | None, module: str) -> 
         limit: positions of the model or of its server; None where that is not known.
 
     Raises:
-        EngineError: it does not fit.
+        TooLongError: it does not fit.
     """
     if limit is not None and prompt + max_tokens > limit:
-        raise EngineError(
+        raise TooLongError(
             f"a prompt of module '{module}' does not fit the model",
             f"{prompt} prompt tokens + {max_tokens} new ones > {limit} positions",
             "use smaller chunks (agent.chunk_tokens) or a shorter memory (agent.max_memory_tokens)",

@@ -1,0 +1,1 @@
+"""A trained agent in use: behind OpenAI's protocol, or in a terminal."""
