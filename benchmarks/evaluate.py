@@ -3,11 +3,10 @@
     python benchmarks/evaluate.py
     MEMFACTORY_VLLM_PYTHON=.venv-engines/bin/python python benchmarks/evaluate.py --vllm
 
-MemAgent over two chunks with a model of 5 M random weights in float32, where what a batch costs beside the model shows
-most. The raw backend knows every prompt beforehand and writes as many
-tokens: with transformers it is `generate` in batches of as many rows as were in flight here, one turn after the other;
-with a real vLLM server it is one POST with all prompts of all turns. It draws no episode apart, measures no reward and
-writes no file. Ratios are of one run on the same machine.
+MemAgent over two chunks with a model of 29 M random weights in float32. The raw backend knows every prompt beforehand
+and writes as many tokens: with transformers it is `generate` in batches of as many rows as were in flight here, one
+turn after the other; with a real vLLM server it is one POST for each length with all prompts of all turns. It draws no
+episode apart, measures no reward and writes no file. Ratios are of one run on the same machine.
 """
 
 from __future__ import annotations
@@ -36,7 +35,6 @@ from memfactory.evaluate.rows import Measured, Mode
 from memfactory.policy.base import Sampling
 from memfactory.policy.models import load_model, load_tokenizer
 from memfactory.policy.routing import RoutedPolicy
-from memfactory.policy.vllm_needs import BASE
 from memfactory.policy.vllm_process import RolloutServer, ServerOptions, arguments, environment, interpreter
 from memfactory.recipe import TinyModel
 from memfactory.train.callbacks import progress_bar
@@ -44,7 +42,7 @@ from memfactory.train.prepare import Prepared, prepare
 from memfactory.train.start import load_policy
 
 TASKS, SAMPLES, TARGET = 64, 4, 0.85
-MODEL = TinyModel(hidden_size=256, layers=6, heads=8, mlp_size=768, initializer_range=0.1)  # heads of 32: vLLM's least
+MODEL = TinyModel(hidden_size=512, layers=8, heads=8, mlp_size=1536, initializer_range=0.05)
 
 
 class Watched(RoutedPolicy):
@@ -144,13 +142,15 @@ def raw_vllm(url: str, policy: Watched) -> float:
     for wave in policy.waves.values():
         for prompt, length in wave:
             by_length[length].append(prompt)
+    trained: Any = policy.trained
+    model = trained.pool.weights.model  # the same adapter
 
     async def everything() -> None:
         async with httpx.AsyncClient(timeout=1200, trust_env=False) as client:
             await asyncio.gather(*(post(client, length, prompts) for length, prompts in by_length.items()))
 
     async def post(client: httpx.AsyncClient, length: int, prompts: list[list[int]]) -> None:
-        body: dict[str, Any] = {"model": BASE, "prompt": prompts, "max_tokens": length, "ignore_eos": True}
+        body: dict[str, Any] = {"model": model, "prompt": prompts, "max_tokens": length, "ignore_eos": True}
         body |= {"temperature": 1.0, "seed": 1, "logprobs": 0, "return_token_ids": True}
         (await client.post(f"{url}/v1/completions", json=body)).raise_for_status()
 

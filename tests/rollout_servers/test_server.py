@@ -264,6 +264,8 @@ def test_an_endpoint_writes_what_the_same_weights_write_here(serving, tmp_path):
     told = serving.recipe().dump() | {"rollout": {}}
     told["model"]["lora"] = None
     told["environment"] |= {"train_tasks": 4, "test_tasks": 6}
+    told["agent"] = {"name": "memagent", "prompt": "words", "answer_format": "plain"}
+    told["agent"] |= {"max_memory_tokens": 12, "max_answer_tokens": 8}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(told))
     asked = Asked(
         tmp_path / "recipe.yaml", endpoint=f"{serving.url}/v1", model=BASE, checkpoints=[serving.folder / "base"]

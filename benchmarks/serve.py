@@ -1,0 +1,150 @@
+"""What `memfactory serve` adds to a turn of its model, and whether 50 users at once are answered.
+
+    python benchmarks/serve.py
+
+Two agents with 0.1 M random weights: one that keeps a text, one over a bank. The same questions are asked of the agent
+in this process, with nothing kept, and over HTTP of a server in a process of its own, where each answer is on the disk
+before it is sent; one after the other, by turns, so that both meet the same machine. Then 50 users ask at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import httpx
+import yaml
+
+from memfactory.agents.running import run_episodes
+from memfactory.environments.base import Split
+from memfactory.episode import Task
+from memfactory.policy.base import Sampling
+from memfactory.policy.models import load_model, load_tokenizer
+from memfactory.train.prepare import Prepared, prepare
+from memfactory.train.start import load_policy
+
+TARGET = 10.0
+"""Milliseconds that a turn may take longer."""
+AGENTS: dict[str, dict[str, Any]] = {
+    "text": {"name": "memagent", "prompt": "words", "answer_format": "plain"}
+    | {"max_memory_tokens": 16, "max_answer_tokens": 16},
+    "bank": {"name": "compose", "extract": {"kind": "chunk"}, "update": {"kind": "add"}}
+    | {"retrieve": {"kind": "search", "k": 3}, "rerank": {"kind": "model", "m": 2}, "answer": {"kind": "words"}}
+    | {"max_rerank_tokens": 8, "max_answer_tokens": 16},
+}
+
+
+def make_run(folder: Path, kind: str, tasks: int) -> Prepared:
+    """A run folder with a model of random weights."""
+    told = {
+        "name": kind,
+        "model": {"tiny": {"hidden_size": 64, "layers": 2, "heads": 4, "mlp_size": 128, "initializer_range": 0.3}},
+        "agent": AGENTS[kind],
+        "environment": {"name": "fact_words", "train_tasks": 1, "test_tasks": tasks},
+        "rewards": [{"name": "answer.exact_match"}],
+    }
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(told), encoding="utf-8")
+    prepared = prepare(folder / "recipe.yaml", splits=(Split.TEST,))
+    tokenizer = load_tokenizer(prepared.recipe.model, prepared.vocabulary)
+    load_model(prepared.recipe.model, tokenizer, 0).save_pretrained(folder / "model")
+    return prepared
+
+
+def body(task: Task, model: str, user: str) -> dict[str, Any]:
+    messages = [{"role": "user", "content": text} for text in (*task.stream, task.probes[0].question)]
+    return {"model": model, "messages": messages, "temperature": 0, "user": user}
+
+
+def by_turns(prepared: Prepared, url: str, model: str, folder: Path) -> tuple[float, float]:
+    """Milliseconds a turn, median over tasks: here, and over HTTP."""
+    policy, here, there = load_policy(prepared, folder / "model"), [], []
+    with policy.drawing(Sampling(0.0), 0), httpx.Client(timeout=60, trust_env=False) as client:
+        for place, task in enumerate(prepared.eval_tasks):
+            start = time.perf_counter()
+            (episode,) = run_episodes(prepared.agent, [task], policy)
+            between = time.perf_counter()
+            reply = client.post(f"{url}/chat/completions", json=body(task, model, f"user {place}"))
+            end = time.perf_counter()
+            reply.raise_for_status()
+            assert episode.answer is not None
+            assert reply.json()["choices"][0]["message"]["content"] == episode.answer.text
+            here.append((between - start) / len(episode.turns))
+            there.append((end - between) / len(episode.turns))
+    return 1000 * median(here[3:]), 1000 * median(there[3:])  # the first ones pay for what is done once
+
+
+async def at_once(prepared: Prepared, url: str, model: str, users: int, rounds: int) -> tuple[list[float], list[str]]:
+    """Seconds of each answer, and what went wrong."""
+    seconds: list[float] = []
+    errors: list[str] = []
+
+    async def one(client: httpx.AsyncClient, user: int) -> None:
+        for number in range(rounds):
+            task = prepared.eval_tasks[(user + number) % len(prepared.eval_tasks)]
+            start = time.perf_counter()
+            try:
+                reply = await client.post(f"{url}/chat/completions", json=body(task, model, f"many {user}"))
+                if reply.status_code != 200:
+                    errors.append(f"HTTP {reply.status_code}: {reply.text[:200]}")
+            except httpx.HTTPError as error:
+                errors.append(repr(error))
+            seconds.append(time.perf_counter() - start)
+
+    limits = httpx.Limits(max_connections=users)
+    async with httpx.AsyncClient(timeout=300, trust_env=False, limits=limits) as client:
+        await asyncio.gather(*(one(client, user) for user in range(users)))
+    return seconds, errors
+
+
+def main() -> None:
+    """Measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", type=int, default=40)
+    parser.add_argument("--users", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=4, help="questions of each user")
+    options = parser.parse_args()
+    for kind in AGENTS:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / kind
+            prepared = make_run(folder, kind, options.tasks)
+            log = Path(scratch) / "log"
+            command = [sys.executable, "-m", "memfactory.cli.main", "serve", str(folder), "--port", "0"]
+            with log.open("w") as out:
+                server = subprocess.Popen([*command, "--at-once", "1000"], stdout=out, stderr=out)
+            try:
+                while not (found := re.search(r"at (http://\S+/v1)$", log.read_text(), re.MULTILINE)):
+                    if server.poll() is not None:
+                        sys.exit(log.read_text())
+                    time.sleep(0.1)
+                here, there = by_turns(prepared, found[1], kind, folder)
+                start = time.perf_counter()
+                seconds, errors = asyncio.run(at_once(prepared, found[1], kind, options.users, options.rounds))
+                wall = time.perf_counter() - start
+                server.send_signal(signal.SIGTERM)
+                code = server.wait(60)
+            finally:
+                server.kill()
+        added = there - here
+        print(f"{kind}: a turn takes {here:.1f} ms here, {there:.1f} ms over HTTP: {added:.1f} ms more, ", end="")
+        print(f"target at most {TARGET:g}: {'met' if added <= TARGET else 'MISSED'}")
+        answered = f"{len(seconds)} answers: {len(errors)} errors, {len(seconds) / wall:.1f} answers/s"
+        took = f"mean {mean(seconds):.2f} s, longest {max(seconds):.2f} s"
+        print(f"  {options.users} users at once, {answered}, {took}; ended with code {code}")
+        for error in errors[:3]:
+            print(f"  {error}")
+    print(f"load average of the last minute {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors")
+
+
+if __name__ == "__main__":
+    main()
