@@ -7,22 +7,35 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from rich import box
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from memfactory.evaluate.rows import Row
 
 
-def terminal_table(rows: Sequence[Row], title: str) -> Table:
-    """The table as the terminal shows it."""
-    head = _head(rows)
-    table = Table(*head, title=title, title_justify="left")
-    before = None
-    for row in rows:
-        if before is not None and before != (row.suite, row.mode):
-            table.add_section()
-        before = row.suite, row.mode
-        table.add_row(*_cells(row, head))
-    return table
+def terminal_table(rows: Sequence[Row], title: str) -> Group:
+    """A table for each suite and mode, narrow enough for a terminal of 80 columns."""
+    head = [name for name in _head(rows) if name not in (*_SHARED, "context")]
+    parts: list[Table | Text] = [Text(title, style="bold")]
+    for place in dict.fromkeys((row.suite, row.mode) for row in rows):
+        own = [row for row in rows if (row.suite, row.mode) == place]
+        first = dict(zip(_SHARED, _cells(own[0], _SHARED), strict=True))
+        told = f"{first['suite']}, {first['mode']}: {first['metric']}, {first['tasks']} tasks"
+        table = Table(
+            title=Text(told), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+        )
+        for name in head:
+            # an interval stands below its number, and the longest context below all tokens
+            told = "tokens\n(context)" if name == "tokens" else name.replace(" [", "\n[")
+            table.add_column(told, no_wrap=name != "candidate", overflow="fold")  # its name alone may be broken
+        for row in own:
+            cells = dict(zip(head, _cells(row, head), strict=True))
+            cells["tokens"] += f"\n({row.peak_context})"
+            table.add_row(*(Text(cell.replace(" [", "\n[")) for cell in cells.values()))
+        parts.append(table)
+    return Group(*parts)
 
 
 def markdown(rows: Sequence[Row], title: str, settings: Sequence[str], notes: Sequence[str]) -> str:
@@ -70,6 +83,8 @@ def ordered(rows: Sequence[Row]) -> list[Row]:
 
 
 _ALWAYS = ("suite", "candidate", "mode", "tasks", "metric", "mean [95 %]")
+_SHARED = ("suite", "mode", "tasks", "metric")
+"""What the rows of one suite and mode have in common."""
 _COST = ("tokens", "seconds", "context")
 
 
