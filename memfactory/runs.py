@@ -512,7 +512,7 @@ _PLACES = ("output_dir", "rollout.vllm.")
 
 def _differences(stored: Record, given: Record) -> list[str]:
     """``a.b was 1, is 2`` for each key that differs, places aside: a job that is queued again gets other nodes."""
-    before, now = _flat(stored), _flat(given)
+    before, now = flat(stored), flat(given)
     absent = "absent"
     return [
         f"{key} was {before.get(key, absent)}, is {now.get(key, absent)}"
@@ -521,12 +521,12 @@ def _differences(stored: Record, given: Record) -> list[str]:
     ]
 
 
-def _flat(data: Any, prefix: str = "") -> dict[str, str]:
+def flat(data: Any, prefix: str = "") -> dict[str, str]:
     """Leaves of nested mappings and lists, as JSON, by dotted key."""
     items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else None
     if not items:
         return {prefix: json.dumps(data, default=str)}
-    flat: dict[str, str] = {}
+    leaves: dict[str, str] = {}
     for key, value in items:
-        flat.update(_flat(value, f"{prefix}.{key}" if prefix else str(key)))
-    return flat
+        leaves.update(flat(value, f"{prefix}.{key}" if prefix else str(key)))
+    return leaves

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 import math
@@ -18,8 +19,10 @@ import pytest
 
 from memfactory.episode import Answer, Episode, Evidence, Operation, Probe, Retrieved, Score, StopReason, Task, Turn
 from memfactory.errors import DataError, JudgeError
-from memfactory.evaluate import report, report_rewards
-from memfactory.evaluate.report import curves, facts, results, sample_episodes, script_json, write_report
+from memfactory.evaluate import report_episodes, report_rewards
+from memfactory.evaluate.report import script_json, write_report
+from memfactory.evaluate.report_episodes import COLUMNS, Packed
+from memfactory.evaluate.report_numbers import curves, facts, results
 from memfactory.evaluate.report_rewards import summarise_rewards, wanted_episodes
 from memfactory.recipe import Recipe
 from memfactory.reward import reward
@@ -31,6 +34,19 @@ ATTACK = (
     "<img src=x onerror=\"document.title='pwned'\"></script><script>document.title='pwned'</script><!--<b>\u2028\ud800"
 )
 ESCAPED = "&lt;img src=x onerror="
+
+
+def sample_episodes(run: RunFolder, wanted: list[tuple[int, str]] | None = None) -> tuple[list[Record], int]:
+    """The episodes that the page would have, each with what its block says of it, and how many were logged."""
+    packed = Packed()
+    logged = report_episodes.sample_episodes(run, packed, wanted=wanted or ())
+    blocks = [json.loads(zlib.decompress(base64.b64decode(block))) for block in packed.blocks]
+    shown = []
+    for line in packed.index:
+        entry = dict(zip(COLUMNS, line, strict=True))
+        block = blocks[entry["block"]]
+        shown.append({**entry, **block["episodes"][entry["place"]], "texts": block["texts"]})
+    return shown, logged
 
 
 def make_run(path: Path, *, name: str = "quickstart") -> RunFolder:
@@ -267,7 +283,7 @@ def log_summary(run: RunFolder, **changes: object) -> None:
 
 
 def test_without_a_run_there_is_no_report(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no run folder"):
+    with pytest.raises(DataError, match="neither recipe.yaml nor evaluation.json"):
         write_report(tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -312,11 +328,11 @@ def test_a_sample_is_bounded_and_keeps_both_ends(tmp_path: Path, monkeypatch: py
         run.log_episodes(step, "train", [make_episode(rng, 0.5, f"{step}-{i}") for i in range(3)], tokens=False)
     run.log_episodes(12, "eval", [make_episode(rng, 0.5, "e0")], tokens=False)
     for limit in (2, 5, 20, 30):
-        monkeypatch.setattr(report, "MAX_EPISODES", limit)
+        monkeypatch.setattr(report_episodes, "MAX_EPISODES", limit)
         shown, logged = sample_episodes(run)
         assert (len(shown), logged) == (limit, 37)
         assert {0, 12} <= {episode["step"] for episode in shown}
-    monkeypatch.setattr(report, "MAX_BYTES", 1)
+    monkeypatch.setattr(report_episodes, "MAX_BYTES", 1)
     assert len(sample_episodes(run)[0]) == 1
 
 
@@ -339,7 +355,7 @@ def test_a_chunk_that_the_turn_did_not_read_is_not_shown(tmp_path: Path) -> None
     run.log_episodes(0, "eval", [episode])
     (shown,) = sample_episodes(run)[0]
     assert shown["turns"][0]["chunk_text"] is None
-    assert shown["turns"][1]["chunk_text"] == episode.task.stream[1]
+    assert shown["texts"][shown["turns"][1]["chunk_text"]] == episode.task.stream[1]
     assert "prompt_ids" not in shown["turns"][0]
 
 
@@ -434,11 +450,11 @@ def test_episodes_that_the_page_links_to_are_in_the_sample(tmp_path: Path, monke
         run.log_episodes(step, "train", [make_episode(rng, 0.5, f"{step}-{i}") for i in range(10)], tokens=False)
     wanted = [(3, "3-9"), (7, "7-8"), (7, "no such"), (7, "7-9")]
     for limit, kept in ((20, 3), (3, 2), (1, 1)):
-        monkeypatch.setattr(report, "MAX_EPISODES", limit)
+        monkeypatch.setattr(report_episodes, "MAX_EPISODES", limit)
         shown, _ = sample_episodes(run, wanted)
         assert len(shown) == limit
         assert len({(e["step"], e["id"]) for e in shown} & set(wanted)) == kept
-    monkeypatch.setattr(report, "MAX_EPISODES", 20)
+    monkeypatch.setattr(report_episodes, "MAX_EPISODES", 20)
     assert {0, 11} <= {episode["step"] for episode in sample_episodes(run, wanted)[0]}
 
 

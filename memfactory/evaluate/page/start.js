@@ -1,0 +1,5 @@
+
+showCurves();
+showRewards();
+startPareto();
+if (entries.length) startBrowser();
