@@ -31,7 +31,8 @@ COMMANDS = {
     "recipes": ("memfactory.cli.recipes:app", "List, show and copy recipes."),
     "rewards": ("memfactory.cli.rewards:app", "Find, write, test and compare reward functions."),
     "doctor": ("memfactory.cli.doctor:doctor", "Check this machine, or a recipe on it: found, supported, what to do."),
-    "report": ("memfactory.cli.report:report", "Write the HTML report of a run."),
+    "report": ("memfactory.cli.report:report", "Write the HTML report of runs and evaluations, compared."),
+    "push": ("memfactory.cli.push:push", "Make a folder for the Hugging Face Hub of a trained model, with its card."),
 }
 """Name -> (``module:object``, one line for the list). The object is a function or a Typer app."""
 

@@ -43,7 +43,7 @@ def results_beside(sources: Sequence[Source]) -> list[tuple[str, list[str]]]:
         for mode in results(source.summary, source.metrics["eval"])["modes"]:
             for row in mode["rows"]:
                 name = "accuracy" if row["name"] == "em" else row["name"]
-                column[f"{name}, {mode['mode']}"] = f"{_number(row['before'])} → {_number(row['after'])}"
+                column[f"{name}, {mode['mode']}"] = f"{shown_number(row['before'])} → {shown_number(row['after'])}"
         train = source.metrics["train"]
         column["steps"] = str(source.summary.get("steps", train[-1][0] if train else "–"))
         column["wall time"] = duration(source.summary.get("wall_seconds")) or "–"
@@ -76,7 +76,12 @@ def _points(number: int, source: Source) -> Iterable[Point]:
         done = [line for at, line in train if at <= step]
         values |= {f"training: {name}": value for name, value in (done[-1] if done else {}).items() if _wanted(name)}
         spent = sum(value or 0 for line in done for name, value in line.items() if name.startswith("time/"))
-        yield Point(number, f"step {step}", "evaluations of runs", _known({**values, "step": step, "seconds of training": spent}))
+        yield Point(
+            number,
+            f"step {step}",
+            "evaluations of runs",
+            _known({**values, "step": step, "seconds of training": spent}),
+        )
 
 
 def _wanted(name: str) -> bool:
@@ -87,5 +92,6 @@ def _known(values: Values) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _number(value: float | None) -> str:
+def shown_number(value: float | None) -> str:
+    """Three digits, or a dash."""
     return "–" if value is None else f"{value:.3g}"

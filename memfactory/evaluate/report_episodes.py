@@ -93,7 +93,9 @@ class Packed:
             "answers": [{"text": answer["text"], "turn": answer.get("turn")} for answer in record["answers"]],
             "scores": record["scores"],
             "failed": record.get("failed", ""),
-            "metadata": {key: value for key, value in task["metadata"].items() if isinstance(value, str | int | float)},
+            "metadata": {
+                key: value for key, value in task["metadata"].items() if isinstance(value, str | int | float)
+            },
             "turns": [self._turn(turn, task["stream"], task["probes"]) for turn in record["turns"]],
         }
 
@@ -115,7 +117,10 @@ class Packed:
             "memory_before": self._intern(turn["memory_before"]),
             "memory_after": self._intern(turn["memory_after"]),
             "messages": [
-                {"role": message["role"], "content": [self._intern(piece) for piece in _pieces(message["content"], parts)]}
+                {
+                    "role": message["role"],
+                    "content": [self._intern(piece) for piece in _pieces(message["content"], parts)],
+                }
                 for message in turn["messages"]
             ],
         }
@@ -128,7 +133,9 @@ class Packed:
         return place
 
 
-def sample_episodes(folder: RunFolder, packed: Packed, source: int = 0, wanted: Sequence[tuple[int, str]] = (), share: int = 1) -> int:
+def sample_episodes(
+    folder: RunFolder, packed: Packed, source: int = 0, wanted: Sequence[tuple[int, str]] = (), share: int = 1
+) -> int:
     """Add episodes of a run to `packed`; returns how many were logged.
 
     The first ones of every (step, split), so that whole groups stay together, and of evenly spaced

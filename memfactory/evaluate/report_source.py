@@ -16,7 +16,7 @@ from memfactory.runs import SCHEMA_VERSION, Record, RunFolder
 
 
 class EvaluationRow(BaseModel):
-    """A row of ``evaluation.json``: one candidate on one suite, see ``docs/evaluation.md``. Other keys are left out."""
+    """A row of ``evaluation.json``: one candidate on one suite, see ``docs/evaluation.md``."""
 
     model_config = ConfigDict(extra="ignore")
 

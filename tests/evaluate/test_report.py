@@ -283,7 +283,7 @@ def log_summary(run: RunFolder, **changes: object) -> None:
 
 
 def test_without_a_run_there_is_no_report(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="neither recipe.yaml nor evaluation.json"):
+    with pytest.raises(DataError, match="no run folder and no evaluation folder"):
         write_report(tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -110,6 +110,7 @@ function startBrowser() {
 
   /** Open the episode that the address names, if it names one. */
   function follow() {
+    if (!location.hash) return;
     const entry = entries.find((one) => one.id && hashOf(one) === location.hash);
     if (!entry) return;
     for (const [k, name] of PLACES.entries()) { control[name].value = String(entry[name]); listPlaces(k + 1); }

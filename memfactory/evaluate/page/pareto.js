@@ -71,7 +71,7 @@ function startPareto() {
     const stairs = rest.map(([px, py]) => (wayX.value === "less" ? `H${px}V${py}` : `V${py}H${px}`));
     root.append(svg("path", { class: "front", d: `M${head.join(" ")}${stairs.join("")}` }));
     const labelled = [];
-    for (const point of [...points].sort((p, q) => best.has(p) - best.has(q))) {
+    for (const point of [...points].sort((p, q) => best.has(q) - best.has(p))) { // names of the front find their places first
       const [px, py] = [x(point.x), y(point.y)];
       const mark = svg("circle", { class: `${best.has(point) ? "point" : "point dominated"} s${point.source % COLOURS}`, cx: px, cy: py, r: 5.5 },
         svg("title", {}, `${fullName(point)}: ${show.number(point.x)}, ${show.number(point.y)}`));
@@ -79,9 +79,9 @@ function startPareto() {
       const label = fullName(point).length > 40 ? `${fullName(point).slice(0, 39)}…` : fullName(point);
       const wide = label.length * 6.4, right = px + wide + 10 < width;
       const box = [right ? px : px - wide, py - 8, right ? px + wide : px, py + 8];
-      if (best.has(point) && !labelled.some((other) => box[0] < other[2] && other[0] < box[2] && box[1] < other[3] && other[1] < box[3])) {
+      if (!labelled.some((other) => box[0] < other[2] && other[0] < box[2] && box[1] < other[3] && other[1] < box[3])) {
         labelled.push(box);
-        root.append(svg("text", { class: "axis name", x: right ? px + 9 : px - 9, y: py + 4, "text-anchor": right ? "start" : "end" }, label));
+        root.append(svg("text", { class: best.has(point) ? "axis name" : "axis name dominated", x: right ? px + 9 : px - 9, y: py + 4, "text-anchor": right ? "start" : "end" }, label));
       }
     }
     return root;

@@ -1,0 +1,1 @@
+"""A trained model as a folder for the Hugging Face Hub: which files, with which card."""
