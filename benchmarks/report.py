@@ -71,7 +71,7 @@ def make_episode(words: Words, task: Task, id: str, group: str) -> Episode:
     for chunk in [*range(len(task.stream)), None]:
         read = task.stream[chunk] if chunk is not None else ""
         text = words.text(100, 200)
-        prompt = f"Keep notes to answer: {probe.question}\n\nThe piece:\n{read}\n\nYour notes:\n{memory}\n\nReply with notes."
+        prompt = f"Keep notes to answer: {probe.question}\n\nThe piece:\n{read}\n\nYour notes:\n{memory}"
         after = text if chunk is not None else memory
         turn = Turn("write", [], [], [], text, StopReason.STOP, [{"role": "user", "content": prompt}], chunk=chunk)
         turn.memory_before, turn.memory_after, turn.counts = memory, after, (400, 150)

@@ -62,9 +62,9 @@ def points(sources: Sequence[Source]) -> list[Record]:
 def _points(number: int, source: Source) -> Iterable[Point]:
     if source.evaluation is not None:
         for row in source.evaluation.rows:
-            values: Values = {**row.dimensions}
-            if row.mean is not None:  # the dimension's own mean is over episodes, this one over questions
-                values[row.metric] = row.mean
+            # the metric first; the dimension's own mean is over episodes, this one over questions
+            values: Values = {row.metric: row.mean, **row.dimensions}
+            values[row.metric] = row.dimensions.get(row.metric) if row.mean is None else row.mean
             values |= {f"pass@{k}": value for k, value in row.pass_at.items()}
             costs = {"tokens per episode": row.tokens, "seconds per episode": row.seconds}
             values |= {**costs, "longest context (tokens)": row.peak_context, "failed": row.failed}
