@@ -72,6 +72,7 @@ class Server:
         folder: Path | None = None,
         apart: bool = False,
         typed: str = "",
+        terminal: str = "",
     ) -> Forked:
         """Begin a run.
 
@@ -83,12 +84,13 @@ class Server:
             folder: where the run works; absent: the checkout.
             apart: what it writes to standard error goes to a file of its own, the log's name with `.err`.
             typed: what stands on its standard input.
+            terminal: a device to read from instead.
         """
         self.count += 1
         log = self.folder / f"log{self.count}.txt"
         order = {"arguments": arguments, "log": str(log), "at": at, "do": do, "largest": largest, "apart": apart}
         Path(f"{log}.in").write_text(typed, encoding="utf-8")
-        order["folder"] = str(folder or ROOT)
+        order |= {"folder": str(folder or ROOT), "input": terminal or f"{log}.in"}
         return Forked(self, log, self.ask(order | {"environment": environment or {}}))
 
     def command(
@@ -134,7 +136,7 @@ def strike(at: str, do: str) -> None:
 
 
 def child(order: dict[str, Any]) -> None:
-    os.dup2(os.open(order["log"] + ".in", os.O_RDONLY), 0)
+    os.dup2(os.open(order["input"], os.O_RDONLY), 0)
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(os.open(order["log"] + ".err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if order["apart"] else log, 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from memfactory.serve.desk import Desk
     from memfactory.serve.transcript import ChatMessage
 
-_HELP = "/memory shows what it remembers of you, /forget removes that, /quit or Ctrl-D ends"
+_HELP = "/memory shows what it remembers of you, /forget removes that, /quit or Ctrl-D ends, Ctrl-C stops an answer"
 
 
 def chat(
@@ -59,34 +58,35 @@ def chat(
     Console(stderr=True).print(told, style="dim", soft_wrap=True, markup=False, highlight=False)
     begin = [ChatMessage("user", text) for text in texts]
     try:
-        with asyncio.Runner() as runner:
-            runner.run(_talk(desk, owner_of(user), begin, Sampling(temperature), anew))
+        _talk(desk, owner_of(user), begin, Sampling(temperature), anew)
     finally:
         desk.close()
 
 
-async def _talk(desk: Desk, owner: str, begin: list[ChatMessage], sampling: Any, anew: bool) -> None:
-    """Answer line after line until the input ends.
+def _talk(desk: Desk, owner: str, begin: list[ChatMessage], sampling: Any, anew: bool) -> None:
+    """Answer line after line until the input ends, or Ctrl-C; one during an answer ends that answer alone.
 
     Args:
         begin: what stands before the first question.
         anew: whether each question stands alone behind `begin`.
     """
+    from memfactory.loops import BackgroundLoop
     from memfactory.serve.desk import Asked
     from memfactory.serve.transcript import ChatMessage
 
-    console = Console(stderr=True)
+    # the desk has a thread of its own: this one waits for what is typed, and hears Ctrl-C
+    console, loop = Console(stderr=True), BackgroundLoop("memfactory-chat")
     said = list(begin)
-    while (line := await asyncio.to_thread(_line)) is not None:
+    while (line := _line()) is not None:
         if not line:
             continue
         if line == "/quit":
             return
         if line == "/memory":
-            _print(await desk.shown(owner) or "(nothing)")
+            _print(loop.start(desk.shown(owner)).result() or "(nothing)")
             continue
         if line == "/forget":
-            await desk.forget(owner)
+            loop.start(desk.forget(owner)).result()
             said = list(begin)
             _print("(forgotten)")
             continue
@@ -95,9 +95,13 @@ async def _talk(desk: Desk, owner: str, begin: list[ChatMessage], sampling: Any,
             continue
         question = ChatMessage("user", line)
         with console.status("...") as status:
-            asked = Asked(owner, [*said, question], sampling)
+            work = loop.start(desk.answer(Asked(owner, [*said, question], sampling), status.update))
             try:
-                replied = await desk.answer(asked, lambda text: status.update(text))
+                replied = work.result()
+            except KeyboardInterrupt:
+                work.cancel()
+                console.print("(stopped)", style="dim", markup=False)
+                continue
             except MemFactoryError as error:
                 console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
                 continue
@@ -107,10 +111,12 @@ async def _talk(desk: Desk, owner: str, begin: list[ChatMessage], sampling: Any,
 
 
 def _line() -> str | None:
-    """The next line that is typed, or None at the end of the input."""
+    """The next line that is typed, or None at the end of the input, or at Ctrl-C."""
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
+        if sys.stdin.isatty():
+            print(file=sys.stderr)
         return None
 
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from memfactory.draws import of_episode
 from memfactory.episode import Episode, Probe, StopReason, Task
+from memfactory.errors import StoreError
 from memfactory.loops import BackgroundLoop
 from memfactory.memory.bank import EntryBank
 from memfactory.memory.text import TextMemory
@@ -136,21 +139,24 @@ class Desk:
         try:
             planned = plan(asked.messages, draft.read, draft.last)
             replied, exchange = await self._run(asked, planned, draft.store, progress)
+            await self._on_disk(memories.keep, draft, planned, exchange, final=True)
         except BaseException:
-            await self._on_disk(memories.drop, draft)
+            with suppress(StoreError):  # the file is gone or full: what went wrong first is what is told
+                await self._on_disk(memories.drop, draft)
             raise
-        await self._on_disk(memories.keep, draft, planned, exchange)
         return replied
 
     async def _run(self, asked: Asked, planned: Plan, store: Any, progress: Progress) -> tuple[Replied, Exchange]:
         task = Task("served", planned.stream, (Probe(planned.question.content, ()),))
         drawing, served = self._drawing, self.served
+        draws = f"seed {asked.seed}" if asked.seed is not None else secrets.token_hex(16)
 
         async def episode_of() -> Episode:
             # in the agent's own loop, where the policies are made and used
-            inner = drawing.policy(asked.sampling, asked.seed)
+            inner = drawing.policy(asked.sampling)
             told = _reading(served, task, inner, progress)
-            return await served.agent.run(task, Watched(inner, served.answering, asked.max_tokens, told), store)
+            with of_episode(draws):
+                return await served.agent.run(task, Watched(inner, served.answering, asked.max_tokens, told), store)
 
         episode = await asyncio.wrap_future(self._loop.start(episode_of()))
         answer = episode.answer
@@ -163,15 +169,26 @@ class Desk:
         return Replied(text, cut, episode), planned.answered(text)
 
     async def _on_disk(
-        self, function: Callable[..., ResultT], *arguments: Any, undo: Callable[[ResultT], None] | None = None
+        self,
+        function: Callable[..., ResultT],
+        *arguments: Any,
+        undo: Callable[[ResultT], None] | None = None,
+        final: bool = False,
     ) -> ResultT:
-        """Call `function` in the thread of the memory file. Cancelled, it waits for its end, and for `undo` of it."""
+        """Call `function` in the thread of the memory file. Cancelled, it waits for its end.
+
+        Args:
+            undo: called with what came of a cancelled `function`.
+            final: what is done is done: cancelled, it gives the result all the same.
+        """
         loop = asyncio.get_running_loop()
         work = loop.run_in_executor(self._disk, function, *arguments)
         try:
             return await asyncio.shield(work)
         except asyncio.CancelledError:
             await asyncio.wait([work])
+            if final:
+                return work.result()
             if undo is not None and work.exception() is None:
                 await asyncio.wait([loop.run_in_executor(self._disk, undo, work.result())])
             raise

@@ -1,8 +1,7 @@
-"""The model as each request draws from it: its own temperature and seed, one batch where they are the same."""
+"""The model as each request draws from it: by its own temperature, in one batch with those that have the same."""
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable
 from typing import Any
 
@@ -18,26 +17,24 @@ _KEPT = 32
 class Drawing:
     """Gives each request a policy that draws as it asks.
 
-    Requests that draw alike share a queue and are decoded in one batch. One with a seed has a queue of its own: what
-    it draws then does not depend on who else is there, and it is decoded alone. Modules that the recipe gives to other
-    models draw by their own settings.
+    Requests that draw alike share a queue and are decoded in one batch. All queues have the same seed: the random
+    numbers of a request are those of its name (:mod:`memfactory.draws`), whoever else is there. Modules that the
+    recipe gives to other models draw by their own settings.
     """
 
     def __init__(self, routed: RoutedPolicy) -> None:
         self.routed = routed
         self._shared: dict[Sampling, RoutedPolicy] = {}
 
-    def policy(self, sampling: Sampling, seed: int | None) -> RoutedPolicy:
-        """A policy that draws by `sampling`; from `seed` on, or from chance."""
-        if seed is not None and sampling.temperature > 0:
-            return self._make(sampling, seed)
+    def policy(self, sampling: Sampling) -> RoutedPolicy:
+        """A policy that draws by `sampling`."""
         if sampling not in self._shared:
             while len(self._shared) >= _KEPT:  # who draws from it now goes on
                 self._shared.pop(next(iter(self._shared)))
-            self._shared[sampling] = self._make(sampling, secrets.randbits(31))
+            self._shared[sampling] = self._make(sampling)
         return self._shared[sampling]
 
-    def _make(self, sampling: Sampling, seed: int) -> RoutedPolicy:
+    def _make(self, sampling: Sampling) -> RoutedPolicy:
         trained: Any = self.routed.trained
         if isinstance(trained, TransformersPolicy):
             own: Any = TransformersPolicy(
@@ -46,7 +43,6 @@ class Drawing:
                 sampling=sampling,
                 eos_ids=trained.eos_ids,
                 token_budget=trained.token_budget,
-                seed=seed,
                 version=trained.version or 0,
                 autocast=trained.autocast,
                 template_options=trained.template_options,
@@ -54,7 +50,7 @@ class Drawing:
             )
         else:  # vLLM servers
             own = trained.beside(sampling, base=False)
-            own.seed(seed)
+            own.seed(0)
         return RoutedPolicy(own, self.routed.others)
 
 

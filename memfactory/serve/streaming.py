@@ -12,10 +12,13 @@ from starlette.types import Receive, Scope, Send
 
 from memfactory.serve.bodies import Writer
 from memfactory.serve.desk import Replied
-from memfactory.serve.refusals import refusal_of
+from memfactory.serve.refusals import LOG, refusal_of
 
 KEEP_ALIVE = 10.0
 """Seconds of silence before a comment is sent, so that nobody in between takes the connection for dead."""
+
+TAKE = 30.0
+"""Seconds for a client to take the pieces of its answer."""
 
 
 class EventStream(StreamingResponse):
@@ -41,12 +44,24 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            async with asyncio.timeout(None) as limit:
+                # a client that reads nothing would keep its place, and the server from ending
+                timer = asyncio.create_task(self._limit(limit))
+                try:
+                    await super().__call__(scope, receive, send)
+                finally:
+                    timer.cancel()
+        except TimeoutError:
+            LOG.warning("a client did not take its answer in %g s; it is in the memory all the same", TAKE)
         finally:
             self.work.cancel()
             with suppress(BaseException):  # told in the stream, or of no interest to anybody any more
                 await self.work
             self.held.close()
+
+    async def _limit(self, limit: asyncio.Timeout) -> None:
+        await asyncio.wait({self.work})
+        limit.reschedule(asyncio.get_running_loop().time() + TAKE)
 
     async def _events(self) -> AsyncIterator[str]:
         waiting = asyncio.create_task(self.told.get())

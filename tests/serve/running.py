@@ -80,6 +80,9 @@ class Serving:
     """
 
     def __init__(self, server: Server, run: Path, *options: str, **start: Any) -> None:
+        # each new client reads the certificates of the system: 50 ms
+        self.clients: dict[str, openai.OpenAI] = {}
+        self.web = httpx.Client(timeout=60, trust_env=False)
         self.process = server.start(["serve", str(run), "--port", "0", *options], **start)
         end = time.monotonic() + 60
         while not (found := re.search(r"^(\S+) .* at (http://\S+)/v1$", self.output, re.MULTILINE)):
@@ -94,6 +97,8 @@ class Serving:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for client in (*self.clients.values(), self.web):
+            client.close()
         if self.process.code is None:
             self.end(signal.SIGKILL)
 
@@ -108,7 +113,9 @@ class Serving:
         return self.process.wait()
 
     def client(self, token: str = "none") -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.url, api_key=token, max_retries=0, timeout=60)
+        if token not in self.clients:
+            self.clients[token] = openai.OpenAI(base_url=self.url, api_key=token, max_retries=0, timeout=60)
+        return self.clients[token]
 
     def ask(self, messages: list[dict[str, str]], *, token: str = "none", **options: Any) -> Any:
         """A greedy answer with its episode, through OpenAI's own client."""
@@ -118,12 +125,12 @@ class Serving:
 
     def post(self, body: Any, **options: Any) -> httpx.Response:
         """The raw reply to a body."""
-        return httpx.post(f"{self.url}/chat/completions", json=body, timeout=60, trust_env=False, **options)
+        return self.web.post(f"{self.url}/chat/completions", json=body, **options)
 
     def memory(self, owner: str = "", token: str = "none") -> str:
         """What a user, or who they ask for, is remembered by."""
         headers = {"Authorization": f"Bearer {token}"}
-        reply = httpx.get(f"{self.url}/memory", params={"user": owner}, headers=headers, trust_env=False)
+        reply = self.web.get(f"{self.url}/memory", params={"user": owner}, headers=headers)
         text: str = reply.raise_for_status().json()["text"]
         return text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sqlite3
 import threading
@@ -188,3 +189,27 @@ def test_a_chat_in_an_empty_folder_goes_on_at_a_server(forked: Server, runs: dic
         reply: Any = serving.ask(user("and which fruit ?"))
         assert read_by(reply) == [f"user: which animal ?\nassistant: {answer}"]
         assert len(serving.memory().splitlines()) == 3 + 2
+
+
+def test_control_c_stops_an_answer_and_then_the_chat(forked: Server, runs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("the old dog stood .\n", encoding="utf-8")
+    ours, its = os.openpty()
+    chat = forked.start(
+        ["chat", str(runs["text"]), "--documents", str(tmp_path), "--chunk-tokens", "1"],
+        at="memfactory.modules.recurrent:RecurrentMemory.render#3",
+        do="SIGINT",
+        folder=tmp_path,
+        apart=True,
+        terminal=os.ttyname(its),
+    )
+    told = Path(f"{chat.log}.err")
+    os.write(ours, b"which animal ?\n")
+    wait_until(lambda: told.exists() and "(stopped)" in told.read_text())
+    os.write(ours, b"which animal ?\n")
+    wait_until(lambda: bool(chat.output.replace("> ", "").strip()))
+    wait_until(lambda: chat.output.endswith("> "))
+    chat.send(signal.SIGINT)
+    assert chat.wait() == 0
+    assert "Traceback" not in told.read_text()
+    os.close(ours)
+    os.close(its)
