@@ -18,11 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import httpx
+import psutil
 import yaml
 
 from memfactory.agents.running import run_episodes
@@ -35,6 +37,8 @@ from memfactory.train.start import load_policy
 
 TARGET = 10.0
 """Milliseconds that a turn may take longer."""
+WARM = 3
+"""Tasks that are not counted."""
 AGENTS: dict[str, dict[str, Any]] = {
     "text": {"name": "memagent", "prompt": "words", "answer_format": "plain"}
     | {"max_memory_tokens": 16, "max_answer_tokens": 16},
@@ -66,22 +70,44 @@ def body(task: Task, model: str, user: str) -> dict[str, Any]:
     return {"model": model, "messages": messages, "temperature": 0, "user": user}
 
 
-def by_turns(prepared: Prepared, url: str, model: str, folder: Path) -> tuple[float, float]:
-    """Milliseconds a turn, median over tasks: here, and over HTTP."""
-    policy, here, there = load_policy(prepared, folder / "model"), [], []
+@dataclass
+class Cost:
+    """What turns took, in milliseconds each."""
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    """Of the process with the model, all threads."""
+
+    def add(self, wall: float, cpu: float, turns: int) -> None:
+        self.wall.append(1000 * wall / turns)
+        self.cpu.append(1000 * cpu / turns)
+
+
+def by_turns(prepared: Prepared, url: str, model: str, folder: Path, server: psutil.Process) -> tuple[Cost, Cost]:
+    """What turns take here, and over HTTP, a figure for each task."""
+    policy, here, there = load_policy(prepared, folder / "model"), Cost(), Cost()
     with policy.drawing(Sampling(0.0), 0), httpx.Client(timeout=60, trust_env=False) as client:
         for place, task in enumerate(prepared.eval_tasks):
-            start = time.perf_counter()
+            start, start_cpu = time.perf_counter(), used(psutil.Process())
             (episode,) = run_episodes(prepared.agent, [task], policy)
-            between = time.perf_counter()
+            between, between_cpu = time.perf_counter(), used(psutil.Process())
+            before = used(server)
+            asked = time.perf_counter()
             reply = client.post(f"{url}/chat/completions", json=body(task, model, f"user {place}"))
             end = time.perf_counter()
             reply.raise_for_status()
             assert episode.answer is not None
             assert reply.json()["choices"][0]["message"]["content"] == episode.answer.text
-            here.append((between - start) / len(episode.turns))
-            there.append((end - between) / len(episode.turns))
-    return 1000 * median(here[3:]), 1000 * median(there[3:])  # the first ones pay for what is done once
+            if place >= WARM:  # the first ones pay for what is done once
+                here.add(between - start, between_cpu - start_cpu, len(episode.turns))
+                there.add(end - asked, used(server) - before, len(episode.turns))
+    return here, there
+
+
+def used(process: psutil.Process) -> float:
+    """Seconds of CPU, in steps of 10 ms."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 async def at_once(prepared: Prepared, url: str, model: str, users: int, rounds: int) -> tuple[list[float], list[str]]:
@@ -127,7 +153,7 @@ def main() -> None:
                     if server.poll() is not None:
                         sys.exit(log.read_text())
                     time.sleep(0.1)
-                here, there = by_turns(prepared, found[1], kind, folder)
+                here, there = by_turns(prepared, found[1], kind, folder, psutil.Process(server.pid))
                 start = time.perf_counter()
                 seconds, errors = asyncio.run(at_once(prepared, found[1], kind, options.users, options.rounds))
                 wall = time.perf_counter() - start
@@ -135,9 +161,10 @@ def main() -> None:
                 code = server.wait(60)
             finally:
                 server.kill()
-        added = there - here
-        print(f"{kind}: a turn takes {here:.1f} ms here, {there:.1f} ms over HTTP: {added:.1f} ms more, ", end="")
-        print(f"target at most {TARGET:g}: {'met' if added <= TARGET else 'MISSED'}")
+        added = median(there.wall) - median(here.wall)
+        print(f"{kind}: a turn takes {median(here.wall):.1f} ms here, {median(there.wall):.1f} ms over HTTP: ", end="")
+        print(f"{added:.1f} ms more, target at most {TARGET:g}: {'met' if added <= TARGET else 'MISSED'}")
+        print(f"  CPU of a turn, mean: {mean(here.cpu):.1f} ms here, {mean(there.cpu):.1f} ms in the server")
         answered = f"{len(seconds)} answers: {len(errors)} errors, {len(seconds) / wall:.1f} answers/s"
         took = f"mean {mean(seconds):.2f} s, longest {max(seconds):.2f} s"
         print(f"  {options.users} users at once, {answered}, {took}; ended with code {code}")

@@ -97,7 +97,6 @@ class Memories:
         Raises:
             StoreError: the storage failed.
         """
-        own = self._store.bank(owner)
         with self._store.guard("read"):
             connection = self._store.connection()
             read: set[bytes] = set()
@@ -119,7 +118,7 @@ class Memories:
             if found[1] is not None:
                 question, name, answer = map(decoded, found[1:4])
                 last = Exchange(ChatMessage("user", question, name), answer, *found[4:])
-        store = self._fork(own) if self.bank else TextMemory(text)
+        store = self._fork(owner) if self.bank else TextMemory(text)
         return Draft(owner, store, frozenset(read), last)
 
     def keep(self, draft: Draft, plan: Plan, exchange: Exchange) -> None:
@@ -190,10 +189,10 @@ class Memories:
         self._store.close()
         self._held.close()
 
-    def _fork(self, own: SqliteBank) -> SqliteBank:
+    def _fork(self, owner: str) -> SqliteBank:
         with self._drafts.guard("written"), self._drafts.transaction() as connection:
-            fork = self._drafts.bank(own.owner).fork()
-            connection.execute("INSERT INTO served_drafts VALUES (?, ?)", (encoded(own.owner), fork.name))
+            fork = self._drafts.bank(owner).fork()
+            connection.execute("INSERT INTO served_drafts VALUES (?, ?)", (encoded(owner), fork.name))
         return fork
 
     def _discard(self, owner: str, fork: str) -> None:
