@@ -88,4 +88,5 @@ def _scaled(number: float | None, base: int, units: tuple[str, ...]) -> str | No
     power = 0
     while abs(number) >= base and power < len(units) - 1:
         number, power = number / base, power + 1
-    return f"{number:.3g} {units[power]}".strip() if power else f"{number:.0f} {units[0]}".strip()
+    digits = f"{number:.3g}" if power and abs(number) < 1000 else f"{number:.0f}"
+    return f"{digits} {units[power]}".strip()
