@@ -62,7 +62,7 @@ class Packed:
         """Compress what was added since the last block."""
         if self._episodes:
             data = plain_json({"texts": list(self._texts), "episodes": self._episodes})
-            self.blocks.append(base64.b64encode(zlib.compress(data, 6)).decode())
+            self.blocks.append(base64.b64encode(zlib.compress(data, 5)).decode())
         self._texts, self._episodes, self._size = {}, [], 0
 
     def _line(self, source: int, record: Record) -> list[Any]:

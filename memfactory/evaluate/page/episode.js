@@ -11,13 +11,13 @@ function pane(title, className, ...content) {
   return el("div", { className: `block ${className}` }, el("h5", {}, title), body);
 }
 
-function turnCard(turn, number, episode) {
+function turnCard(turn, number, episode, credited) {
   const reads = turn.chunk !== null;
   const count = new Set(episode.turns.map((other) => other.chunk).filter((chunk) => chunk !== null)).size;
   const chips = [
     el("span", { className: turn.stop === "length" ? "chip warn" : "chip" }, turn.stop === "length" ? "cut by the token limit" : "ended by itself"),
     el("span", { className: "chip" }, `${turn.prompt_tokens} → ${turn.completion_tokens} tokens`),
-    turn.trainable ? el("span", { className: `chip ${signClass(turn.advantage || 0)}` }, `advantage ${signed(turn.advantage || 0)}`) : el("span", { className: "chip" }, "not trained"),
+    !credited ? null : turn.trainable ? el("span", { className: `chip ${signClass(turn.advantage || 0)}` }, `advantage ${signed(turn.advantage || 0)}`) : el("span", { className: "chip" }, "not trained"),
   ];
   const evidence = episode.probes.flatMap((probe) => probe.evidence).filter((item) => item.chunk === turn.chunk).map((item) => item.text);
   const changed = turn.memory_before !== turn.memory_after;
@@ -88,14 +88,15 @@ async function showEpisode(entry) {
           answer && answer.text !== null ? answer.text : el("em", {}, answer ? "none could be read" : "never asked")))));
   });
   const fact = (label, ...content) => el("div", {}, el("dt", {}, label), el("dd", {}, ...content));
-  const { rewards, name } = data.sources[entry.source];
+  const { rewards, name, kind } = data.sources[entry.source];
+  const credited = kind === "run"; // an evaluation has no advantages
   const apart = (rewards?.disagreements ?? []).find((item) => disagreeing(item, entry.source) === entry);
   target.replaceChildren(
     ...probes,
     episode.failed ? el("p", { className: "error" }, `It could not be run to its end. ${episode.failed}`) : "",
     el("dl", { className: "episode-facts" },
       fact("Reward", el("b", { className: `pill ${rewardClass(entry.reward)}` }, rewardText(entry.reward))),
-      fact("Advantage", signed(entry.advantage || 0)),
+      credited ? fact("Advantage", signed(entry.advantage || 0)) : null,
       fact("Tokens", show.number(entry.tokens)),
       data.sources.length > 1 ? fact("Run", name) : null,
       entry.candidate ? fact("Candidate", `${entry.candidate}, ${entry.mode}`) : null,
@@ -104,5 +105,5 @@ async function showEpisode(entry) {
       entry.id ? fact("Episode", entry.id) : null,
       apart ? fact("Dimensions disagree", "high: ", ...scoreOf(apart.high), ", low: ", ...scoreOf(apart.low)) : null),
     scoreTable(episode.scores) ?? "",
-    el("ol", { className: "turns" }, episode.turns.map((turn, number) => turnCard(turn, number, episode))));
+    el("ol", { className: "turns" }, episode.turns.map((turn, number) => turnCard(turn, number, episode, credited))));
 }

@@ -77,11 +77,15 @@ function startPareto() {
         svg("title", {}, `${fullName(point)}: ${show.number(point.x)}, ${show.number(point.y)}`));
       root.append(mark);
       const label = fullName(point).length > 40 ? `${fullName(point).slice(0, 39)}…` : fullName(point);
-      const wide = label.length * 6.4, right = px + wide + 10 < width;
-      const box = [right ? px : px - wide, py - 8, right ? px + wide : px, py + 8];
-      if (!labelled.some((other) => box[0] < other[2] && other[0] < box[2] && box[1] < other[3] && other[1] < box[3])) {
-        labelled.push(box);
-        root.append(svg("text", { class: best.has(point) ? "axis name" : "axis name dominated", x: right ? px + 9 : px - 9, y: py + 4, "text-anchor": right ? "start" : "end" }, label));
+      const wide = label.length * 6.4;
+      // beside the point, clear of the stairs and of names that stand already
+      const places = [[1, -7], [-1, -7], [1, 16], [-1, 16], [1, -21], [-1, -21]].map(([side, down]) => ({ side, down, left: side > 0 ? px + 6 : px - 6 - wide }));
+      const free = places.find(({ left, down }) => left > 0 && left + wide < width
+        && !labelled.some((other) => left < other.right && other.left < left + wide && Math.abs(py + down - other.base) < 14));
+      if (free) {
+        labelled.push({ left: free.left, right: free.left + wide, base: py + free.down });
+        root.append(svg("text", { class: best.has(point) ? "axis name" : "axis name dominated", x: px + 6 * free.side, y: py + free.down,
+          "text-anchor": free.side > 0 ? "start" : "end" }, label));
       }
     }
     return root;

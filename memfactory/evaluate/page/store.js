@@ -36,4 +36,4 @@ async function episodeOf(entry) {
 }
 
 /** The address of an episode on this page. */
-const hashOf = (entry) => `#episode/${[entry.source, entry.split, entry.step, ...(entry.candidate ? [entry.candidate, entry.mode, entry.sample] : []), entry.id].map(encodeURIComponent).join("/")}`;
+const hashOf = (entry) => `#episode/${[...(data.sources.length > 1 ? [entry.source] : []), entry.split, entry.step, ...(entry.candidate ? [entry.candidate, entry.mode, entry.sample] : []), entry.id].map(encodeURIComponent).join("/")}`;
