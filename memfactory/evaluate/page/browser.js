@@ -75,7 +75,7 @@ const MEASURES = {
 };
 
 function fits(entry, wanted) {
-  return [entry.task, entry.id, entry.question, entry.gold, entry.answer].some((text) => text.toLowerCase().includes(wanted));
+  return [entry.task, entry.id, entry.question, entry.gold, entry.answer, entry.failed].some((text) => text.toLowerCase().includes(wanted));
 }
 
 function startBrowser() {
