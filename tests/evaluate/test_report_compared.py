@@ -246,3 +246,17 @@ def test_names_of_runs_suites_and_candidates_are_never_html(chromium: str, tmp_p
 
 def rows_of(body: str) -> list[str]:
     return [plain(markup) for row in rows(body, "evaluation") for _, markup in row]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("choices", [{"filter": "failed"}, {"find": "SERVICE: the"}])
+def test_an_episode_that_failed_is_found_by_its_fault(chromium: str, tmp_path: Path, choices: dict[str, str]) -> None:
+    run, rng = make_run(tmp_path / "run"), random.Random(0)
+    good, failed = (make_episode(rng, 1.0, name) for name in ("good", "failed"))
+    failed.turns, failed.answers, failed.scores, failed.reward = [], [], {}, None
+    failed.failed = "service: the endpoint did not <b>answer</b>"
+    run.log_episodes(1, "train", [good, failed], tokens=False)
+    body = dom(chromium, driven(write_report(run.path), choose(**choices)), tmp_path)
+    assert listed(body) == ["n/a"]
+    assert "It could not be run to its end. service: the endpoint did not <b>answer</b>" in plain(body)
+    assert "never asked" in body
