@@ -136,6 +136,7 @@ def strike(at: str, do: str) -> None:
 
 
 def child(order: dict[str, Any]) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born without
     os.dup2(os.open(order["input"], os.O_RDONLY), 0)
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)

@@ -96,6 +96,8 @@ def arguments(recipe: Recipe, folder: Path, options: ServerOptions, *, gpu: bool
         # a prompt that is prefilled in pieces and drawn from a seed of its own ends vLLM 0.31's CPU worker
         # ("CPU Generator does not use offset")
         flags += ["--no-enable-chunked-prefill"]
+        # whole blocks are cached: of 128 tokens, vLLM's own size on a CPU, too few are whole in short prompts
+        flags += ["--block-size", "32"]
     if options.tensor_parallel > 1:
         flags += ["--tensor-parallel-size", str(options.tensor_parallel)]
     if options.data_parallel > 1:

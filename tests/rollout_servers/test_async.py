@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -41,28 +42,28 @@ def even(episode):
 
 def test_a_turn_ends_with_the_adapter_it_began_with(serving: Any) -> None:
     """Two adapters at a real server at once: log-probs of each turn are those of the version it carries."""
-    policy, models = serving.policy("beside"), [serving.model(seed=version) for version in range(2)]
-    policy.pool.beside = True
-    policy.use(models[0], 0)
-    old_name = policy.pool.weights.name
-    with ThreadPoolExecutor(1) as threads:
-        old = threads.submit(ask, policy.apart(), prompts(6), 300)
-        while not policy.pool._places[0].under_way[old_name]:
-            time.sleep(0.01)
-        policy.use(models[1], 1)
-        assert policy.pool._places[0].under_way[old_name], "nothing of the old version was under way any more"
-        new = ask(policy, prompts(4), 20)
-        turns = [*old.result(), *new]
-    assert {turn.policy_version for turn in new} == {1}
-    assert {turn.policy_version for turn in turns[:6]} == {0}
-    for turn in turns:
-        apart = torch.tensor(turn.logprobs) - fresh_logprobs(models[turn.policy_version], turn)
-        assert apart.abs().max() < 1e-4
-    assert policy.pool.difference < 1e-4
-    policy.use(models[0], 2)
-    held = LOOP.start(policy.pool.servers[0].models()).result()
-    assert old_name not in {model["id"] for model in held}, "nobody needs it any more"
-    policy.close()
+    models = [serving.model(seed=version) for version in range(2)]
+    with closing(serving.policy("beside")) as policy:  # what it leaves would be in the way of other tests
+        policy.pool.beside = True
+        policy.use(models[0], 0)
+        old_name = policy.pool.weights.name
+        with ThreadPoolExecutor(1) as threads:
+            old = threads.submit(ask, policy.apart(), prompts(24), 450)  # they take longer than the update
+            while not policy.pool._places[0].under_way[old_name]:
+                time.sleep(0.01)
+            policy.use(models[1], 1)
+            assert policy.pool._places[0].under_way[old_name], "nothing of the old version was under way any more"
+            new = ask(policy, prompts(4), 20)
+            turns = [*old.result(), *new]
+        assert {turn.policy_version for turn in new} == {1}
+        assert {turn.policy_version for turn in turns[:24]} == {0}
+        for turn in turns:
+            apart = torch.tensor(turn.logprobs) - fresh_logprobs(models[turn.policy_version], turn)
+            assert apart.abs().max() < 1e-4
+        assert policy.pool.difference < 1e-4
+        policy.use(models[0], 2)
+        held = LOOP.start(policy.pool.servers[0].models()).result()
+        assert old_name not in {model["id"] for model in held}, "nobody needs it any more"
 
 
 def recipe_for(serving: Any, folder: Path) -> Path:
