@@ -219,21 +219,6 @@ class ServerPool:
             finally:
                 place.under_way[model] -= 1
 
-    async def load(self, weights: Weights) -> None:
-        """Have every server load an adapter ahead of :meth:`publish`; nothing is sampled from it yet.
-
-        A server that does not answer is left to `publish`.
-
-        Raises:
-            EngineError: a server cannot take it.
-        """
-
-        async def one(place: _Place) -> None:
-            with contextlib.suppress(RequestFailed):
-                await self._load(place, weights)
-
-        await asyncio.gather(*(one(place) for place in self._places if place.up))
-
     async def publish(self, weights: Weights | None, canary: Canary | None) -> float:
         """Make every server sample from `weights` from now on.
 
@@ -365,12 +350,14 @@ class ServerPool:
         """
         server = place.server
         model = BASE if weights is None else weights.model
-        if weights is not None and not weights.whole:
-            await self._load(place, weights)
-        else:
-            await self._forget(place, [own.name for own in (weights, self.weights) if own is not None])
-            if weights is not None and await server.weight_version() != weights.name:
+        await self._forget(place, [own.name for own in (weights, self.weights) if own is not None])
+        if weights is None:
+            pass
+        elif weights.whole:
+            if await server.weight_version() != weights.name:
                 await server.reload(weights.name, weights.path)
+        elif weights.name not in {model["id"] for model in await server.models()}:
+            await server.load(weights.name, weights.path)
         where = f"the vLLM server at {server.url}"
         if canary is not None and canary.prefixes is not None:
             asked = [
@@ -386,12 +373,6 @@ class ServerPool:
             ask = Draw(canary.following.ids, Sampling(), max_tokens=1, stop=(), seed=1)
             drawn = await server.sample(ask, model=model)
             canary.check_drawn(drawn.ids[0], drawn.logprobs[0], where)
-
-    async def _load(self, place: _Place, weights: Weights) -> None:
-        """Load an adapter where it is not loaded yet."""
-        await self._forget(place, [own.name for own in (weights, self.weights) if own is not None])
-        if weights.name not in {model["id"] for model in await place.server.models()}:
-            await place.server.load(weights.name, weights.path)
 
     async def _forget(self, place: _Place, kept: Collection[str]) -> None:
         """Unload what this run, or an earlier life of it, has left there; a server has few places for adapters.

@@ -2,7 +2,7 @@
 
 After every update, on all ranks together:
 
-    write the weights -> load them everywhere, and score the canary with the trainer's -> compare the scores
+    score the canary with the trainer's weights -> write them -> load them everywhere -> compare the scores
 
 The folder is written under another name first and renamed, so no server ever reads half of it. Names are never used
 twice, not even by a run that goes on after it was killed, so no cache can hold what older weights of that name said.
@@ -130,14 +130,6 @@ class WeightSync(ABC):
                 weights. The same error on every rank.
         """
         start = time.perf_counter()
-        ranks = Ranks()
-        state = _whole(self.state(model), ranks.main)
-        name = f"{self.pool.family}{self._life}-v{self.count}"
-        with ranks.together():
-            weights: Weights = ranks.first(self._write(model, state, name, version) if ranks.main else None)
-        sends = ranks.main or self.everywhere
-        # adapters are loaded while this process computes what they should say; whole weights are in use once loaded
-        loading = LOOP.start(self.pool.load(weights)) if sends and not self.whole else None
         was_training = model.training
         model.eval()
         ids = canary_ids(self.tokenizer)
@@ -147,13 +139,15 @@ class WeightSync(ABC):
             drawn = score_after(model, ids, lengths, **self.options(len(ids))) if self.pool.beside else None
             longer = (ids * (1 + _CACHED // len(ids)))[:_CACHED]
             following = NextToken(longer, score_next(model, longer), self._next_before) if self.whole else None
+        ranks = Ranks()
+        state = _whole(self.state(model), ranks.main)
         model.train(was_training)
         prefixes = Prefixes(lengths, drawn, self._drawn_before) if drawn is not None else None
         canary = Canary(ids, expected, self._before, self.tolerance, following, prefixes)
         with ranks.together():
-            if loading is not None:
-                loading.result()
-            if sends:
+            name = f"{self.pool.family}{self._life}-v{self.count}"
+            weights = ranks.first(self._send(model, state, canary, name, version) if ranks.main else None)
+            if self.everywhere and not ranks.main:
                 LOOP.start(self.pool.publish(weights, canary)).result()
             ranks.gather([])  # all have it: what is older may go
             if ranks.main:
@@ -164,7 +158,9 @@ class WeightSync(ABC):
         self.count += 1
         self.seconds += time.perf_counter() - start
 
-    def _write(self, model: Any, state: dict[str, torch.Tensor], name: str, version: int | None) -> Weights:
+    def _send(
+        self, model: Any, state: dict[str, torch.Tensor], canary: Canary, name: str, version: int | None
+    ) -> Weights:
         if not state:
             raise EngineError("there is no adapter to send", "the model has none", "add `lora: {}` to `model:`")
         spoilt = next((key for key, value in state.items() if not torch.isfinite(value).all()), None)
@@ -179,7 +175,9 @@ class WeightSync(ABC):
             partial.mkdir(parents=True)
             self.write(model, state, partial)
             partial.rename(final)
-        return Weights(name, str(final.resolve()), self.whole, version)
+        weights = Weights(name, str(final.resolve()), self.whole, version)
+        LOOP.start(self.pool.publish(weights, canary)).result()
+        return weights
 
     def _tidy(self) -> None:
         for old in sorted(self.folder.iterdir(), key=lambda place: place.stat().st_mtime)[: -self.kept]:
