@@ -6,10 +6,11 @@ import asyncio
 import ipaddress
 import json
 import os
+import ssl
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from time import monotonic
 from typing import Any, Protocol, TypeVar
 
@@ -163,14 +164,13 @@ class Endpoint:
 
     def _connect(self) -> _Connection:
         key = os.environ.get(self.api_key_env, "").strip()
-        certificates = httpx.create_ssl_context()  # once: it reads a large file
         clients = [
             httpx.AsyncClient(
                 headers={"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {}),
                 timeout=httpx.Timeout(None, connect=CONNECT),  # the deadline is kept outside
                 limits=httpx.Limits(max_connections=POOL, max_keepalive_connections=POOL),
                 trust_env=not is_local(self.base_url),
-                verify=certificates,
+                verify=certificates(),
             )
             for _ in range(-(-self.concurrency // POOL))
         ]
@@ -242,6 +242,12 @@ def _pause(state: RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome else None
     asked = error.retry_after if isinstance(error, RequestFailed) else 0.0
     return asked + BACKOFF(state)
+
+
+@cache
+def certificates() -> ssl.SSLContext:
+    """Whom to trust. Once for all clients: a large file is read for it, in some 30 ms."""
+    return httpx.create_ssl_context()
 
 
 def is_local(url: str) -> bool:

@@ -350,13 +350,13 @@ class ServerPool:
         """
         server = place.server
         model = BASE if weights is None else weights.model
-        await self._forget(place, [own.name for own in (weights, self.weights) if own is not None])
+        known = await self._forget(place, [own.name for own in (weights, self.weights) if own is not None])
         if weights is None:
             pass
         elif weights.whole:
             if await server.weight_version() != weights.name:
                 await server.reload(weights.name, weights.path)
-        elif weights.name not in {model["id"] for model in await server.models()}:
+        elif weights.name not in known:
             await server.load(weights.name, weights.path)
         where = f"the vLLM server at {server.url}"
         if canary is not None and canary.prefixes is not None:
@@ -374,12 +374,13 @@ class ServerPool:
             drawn = await server.sample(ask, model=model)
             canary.check_drawn(drawn.ids[0], drawn.logprobs[0], where)
 
-    async def _forget(self, place: _Place, kept: Collection[str]) -> None:
+    async def _forget(self, place: _Place, kept: Collection[str]) -> set[str]:
         """Unload what this run, or an earlier life of it, has left there; a server has few places for adapters.
 
-        Those that are `kept` stay, and those that turns under way are sampled from.
+        Those that are `kept` stay, and those that turns under way are sampled from. Returns the names it had before.
         """
-        for model in await place.server.models():
-            name = str(model["id"])
+        names = {str(model["id"]) for model in await place.server.models()}
+        for name in sorted(names):
             if name.startswith(self.family) and name not in kept and not place.under_way[name]:
                 await place.server.unload(name)
+        return names

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from memfactory.endpoints.endpoint import Endpoint
+from memfactory.endpoints.endpoint import Endpoint, certificates
 from memfactory.endpoints.failures import Failure, Fixes, RequestFailed, of_error, of_status, of_transport
 from memfactory.endpoints.tally import Tally
 from memfactory.errors import EngineError
@@ -303,7 +303,10 @@ class VLLMServer:
     async def _quick(self, method: str, path: str, body: Any = None, seconds: float = QUICK) -> httpx.Response:
         """One request, tried once, that must not wait behind generation."""
         try:
-            async with httpx.AsyncClient(timeout=seconds, trust_env=not self._http.local) as client:
+            # a client of its own, so that any event loop may ask
+            async with httpx.AsyncClient(
+                timeout=seconds, trust_env=not self._http.local, verify=certificates()
+            ) as client:
                 response = await client.request(method, self.url.rstrip("/") + path, json=body)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             failed = of_transport(error)
