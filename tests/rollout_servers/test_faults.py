@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 import torch
@@ -76,13 +77,22 @@ def until_serving(process: subprocess.Popen) -> None:
     pytest.fail(f"it ended with {process.wait()}")
 
 
+def samples(serving) -> bool:
+    """Whether the server has turns under way."""
+    metrics = httpx.get(f"{serving.url}/metrics", trust_env=False).text
+    return any(
+        line.startswith("vllm:num_requests_running") and float(line.rsplit(" ", 1)[1]) > 0
+        for line in metrics.splitlines()
+    )
+
+
 @pytest.mark.slow
-def test_a_killed_engine_is_replaced_and_the_rollout_goes_on(make_serving, tmp_path):
+def test_a_killed_worker_or_engine_is_replaced_and_the_rollout_goes_on(make_serving, tmp_path):
     serving = make_serving()
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(serving.recipe().dump()))
-    first = serve_rollouts(serving, recipe)
-    until_serving(first)
+    running = serve_rollouts(serving, recipe)
+    until_serving(running)
     policy = serving.policy(outage=START)
     model = serving.model(1)
     policy.use(model, 0)
@@ -94,29 +104,29 @@ def test_a_killed_engine_is_replaced_and_the_rollout_goes_on(make_serving, tmp_p
 
     rollout = threading.Thread(target=lambda: turns.extend(asyncio.run(everything())))
     rollout.start()
-    time.sleep(0.5)  # some are answered, some are not
-    processes = family(first)
-    assert len(processes) >= 3, "API, engine, worker"
-    engine = max(processes, key=lambda one: one.create_time())
-    engine.send_signal(signal.SIGKILL)
-    output, _ = first.communicate(timeout=90)
-    assert first.returncode == 1
-    assert "the vLLM server ended" in output
-    assert wait_until(lambda: gone(processes)), "processes of the killed server are left"
-    assert rollout.is_alive(), "it was over before the engine was killed"
-
-    second = serve_rollouts(serving, recipe)
-    until_serving(second)
+    for kind in ("VLLM::Worker", "VLLM::EngineCore"):
+        assert wait_until(lambda: samples(serving)), "the rollout did not go on"
+        time.sleep(0.2)
+        processes = family(running)
+        (killed,) = (one for one in processes if one.name().startswith(kind))
+        killed.send_signal(signal.SIGKILL)
+        output, _ = running.communicate(timeout=90)
+        assert running.returncode == 1
+        assert "the vLLM server ended" in output
+        assert wait_until(lambda processes=processes: gone(processes)), "processes of the killed server are left"
+        assert rollout.is_alive(), f"it was over before {kind} was killed"
+        running = serve_rollouts(serving, recipe)
+        until_serving(running)
     rollout.join(timeout=120)
     assert len(turns) == 64
     for turn in turns:
         assert (torch.tensor(turn.logprobs) - fresh_logprobs(model, turn)).abs().max() < 1e-4
     policy.close()
 
-    processes = family(second)
-    second.send_signal(signal.SIGTERM)
-    output, _ = second.communicate(timeout=60)
-    assert second.returncode == 128 + signal.SIGTERM
+    processes = family(running)
+    running.send_signal(signal.SIGTERM)
+    output, _ = running.communicate(timeout=60)
+    assert running.returncode == 128 + signal.SIGTERM
     assert "stopped" in output
     assert wait_until(lambda: gone(processes)), "processes of the stopped server are left"
 
