@@ -45,6 +45,8 @@ class Result:
     """Prompt and completion tokens in training passes (log-probs recomputed for old policies not counted)."""
     computed_tokens: int = 0
     """Positions of the same passes, padding included."""
+    real_over_computed_prefill: float = 0.0
+    """Tokens of prompts over those that were prefilled; 0 where that was not counted."""
     peak_bytes: int = 0
     """Largest resident set of the process from the end of loading to the end of the step."""
     loaded_bytes: int = 0

@@ -1,4 +1,4 @@
-"""Contestant `ours`: one optimizer step of the real `EpisodeGRPOTrainer`."""
+"""Contestants `ours` and `ours_unshared`: one optimizer step of the real `EpisodeGRPOTrainer`."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from memfactory.train.config import build_config
 from memfactory.train.trainer import EpisodeGRPOTrainer, Parts
 
 
-def run(spec: Spec, *, bf16: bool = False, ranks: int = 1) -> Result:
+def run(spec: Spec, *, bf16: bool = False, share_prefix: bool = True, ranks: int = 1) -> Result:
     """One step.
 
     Args:
         spec: the workload.
+        share_prefix: compute what prompts and rows begin with once.
         bf16: compute in bfloat16 autocast on float32 weights.
         ranks: processes that share the workload; each calls this.
     """
-    result = Result("ours_bf16" if bf16 else "ours", spec.dump())
+    result = Result("ours" + "_bf16" * bf16 + "_unshared" * (not share_prefix), spec.dump())
     model, tokenizer = load(spec)
     workload = Workload(spec, tokenizer)
 
@@ -38,6 +39,7 @@ def run(spec: Spec, *, bf16: bool = False, ranks: int = 1) -> Result:
             {
                 "use_cpu": True,
                 "bf16": bf16,
+                "share_prefix": share_prefix,
                 "per_device_train_batch_size": spec.episodes // ranks,
                 "num_generations": spec.group,
                 "gradient_accumulation_steps": 1,
@@ -85,5 +87,8 @@ def run(spec: Spec, *, bf16: bool = False, ranks: int = 1) -> Result:
     result.trained_tokens = totals["trained_tokens"]
     result.real_tokens, result.computed_tokens = totals["real"], totals["computed"]
     result.prompt_tokens = result.real_tokens - result.trained_tokens
+    result.real_over_computed_prefill = next(
+        log[name] for log in trainer.state.log_history if (name := "tokens/real_over_computed_prefill") in log
+    )
     result.gradient_norm = next(log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log)
     return result

@@ -335,7 +335,8 @@ class RolloutSection(_Section):
     generate_token_budget: int = Field(default=65536, ge=1)
     """Most key-value cache positions (sequences x longest sequence) in one generation batch."""
     train_token_budget: int = Field(default=16384, ge=1)
-    """Most token positions (rows x longest row) in one forward and backward pass."""
+    """Most token positions in one forward and backward pass: rows x longest row, or unique ones where
+    `train.share_prefix` packs rows that begin alike."""
     max_failed_share: float = Field(default=0.25, ge=0, le=1)
     """Share of a batch's episodes that may be unscorable, or on which one reward function may fail, before the run
     stops; of an evaluation's, share that a store or an endpoint may fail. They never count as zero."""
@@ -389,7 +390,7 @@ class Recipe(_Section):
     rollout: RolloutSection = RolloutSection()
     eval: EvalSection = EvalSection()
     train: dict[str, Any] = Field(default_factory=dict)
-    """Fields of TRL's `GRPOConfig`, under their own names."""
+    """Fields of TRL's `GRPOConfig`, under their own names, and `share_prefix`."""
     output_dir: str | None = None
     """Run folder. Absent: `runs/NAME-seedN`."""
 

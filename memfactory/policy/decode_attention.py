@@ -19,7 +19,10 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-_NAME = "memfactory_grouped_sdpa"
+from memfactory.policy.prefix_sharing import KEYWORD, Plan
+
+NAME = "memfactory_sdpa"
+"""Under this name transformers knows :func:`grouped_attention`."""
 _ROOM = 64
 """Positions of spare room made at a time: one copy of the cache in 64 decoding steps instead of 64."""
 
@@ -47,6 +50,15 @@ class GrowingLayer(DynamicLayer):
         self._values[:, :, start:end] = value_states
         self.keys, self.values = self._keys[:, :, :end], self._values[:, :, :end]
         return self.keys, self.values
+
+    def spread(self, places: Tensor) -> None:
+        """From one packed sequence (1, heads, N, D) to B of them: `places` (B, L) says where their positions are."""
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys, self.values = (
+            states[0].transpose(0, 1)[places].transpose(1, 2).contiguous() for states in (self.keys, self.values)
+        )  # (B, heads, L, D)
+        self._keys, self._values = self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences at `indices`, and no spare room until the next token."""
@@ -83,9 +95,13 @@ def grouped_attention(
 ) -> tuple[Tensor, None]:
     """Attention of `query` (B, H, Q, D) to `key` and `value` (B, K, L, D) without repeating them H / K times.
 
-    One new token per sequence: the H / K query heads of a key head become its queries, which is the same sum in
-    another order. On CPU longer queries use torch's own grouped kernel. Everything else is left to `transformers`.
+    With a plan of shared prefixes, that decides. One new token per sequence: the H / K query heads of a key head
+    become its queries, which is the same sum in another order. On CPU longer queries use torch's own grouped kernel.
+    Everything else is left to `transformers`.
     """
+    plan: Plan | None = kwargs.pop(KEYWORD, None)
+    if plan is not None:
+        return plan.attend(query, key, value, scale=scaling, dropout=dropout), None
     size, heads, queries, width = query.shape
     key_heads = key.shape[1]
     if attention_mask is not None and heads != key_heads:
@@ -101,8 +117,8 @@ def grouped_attention(
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
 
 
-AttentionInterface.register(_NAME, grouped_attention)
-AttentionMaskInterface.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+AttentionInterface.register(NAME, grouped_attention)
+AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
 @contextmanager
@@ -112,7 +128,7 @@ def grouped(model: PreTrainedModel) -> Iterator[None]:
     if config._attn_implementation != "sdpa":
         yield
         return
-    config._attn_implementation = _NAME
+    config._attn_implementation = NAME
     try:
         yield
     finally:

@@ -25,7 +25,9 @@ from transformers.generation.logits_process import (
 
 from memfactory.episode import StopReason
 from memfactory.policy.base import Sampling
-from memfactory.policy.decode_attention import grouped, growing_cache
+from memfactory.policy.decode_attention import grouped
+from memfactory.policy.prefill import Prefilled, Started, prefill
+from memfactory.policy.prefix_support import Support
 
 # Share of finished sequences at which the cache is compacted: copying it costs about as much as one
 # decoding step of the sequences that stay, so doing it for every single one would not pay.
@@ -112,55 +114,48 @@ class Sampler:
 
 @torch.no_grad()
 def decode(
-    model: PreTrainedModel, sequences: Sequence[Decoding], sampler: Sampler, *, eos_ids: Sequence[int], pad_id: int
+    model: PreTrainedModel,
+    sequences: Sequence[Decoding],
+    sampler: Sampler,
+    *,
+    eos_ids: Sequence[int],
+    pad_id: int,
+    sharing: Support,
+    prefilled: Prefilled,
 ) -> Iterator[list[Decoding]]:
     """Decode `sequences` together; after every step yield those that just finished (often none).
 
     The caller may do other work between steps. Peak memory is the cache of
     ``len(sequences) x (longest prompt + tokens so far)`` positions. A prompt that several sequences share,
     as in the first turn of a group, is computed once.
+
+    Args:
+        sharing: whether beginnings that prompts have in common are computed once as well.
+        prefilled: counts ids of prompts, all of them and those that were computed.
     """
     with grouped(model):
-        yield from _decode(model, sequences, sampler, eos_ids, pad_id)
+        prompts = [sequence.prompt_ids for sequence in sequences]
+        started = prefill(
+            model,
+            prompts,
+            pad_id,
+            sharing=sharing,
+            keep_ids=sampler.penalty is not None,
+            count=prefilled,
+        )
+        yield from _decode(model, sequences, sampler, eos_ids, started)
 
 
 def _decode(
-    model: PreTrainedModel, sequences: Sequence[Decoding], sampler: Sampler, eos_ids: Sequence[int], pad_id: int
+    model: PreTrainedModel, sequences: Sequence[Decoding], sampler: Sampler, eos_ids: Sequence[int], started: Started
 ) -> Iterator[list[Decoding]]:
     device = model.device
     live = list(sequences)
-    prompts = list(dict.fromkeys(tuple(sequence.prompt_ids) for sequence in live))  # U of them, U <= B
-    longest = max(map(len, prompts))
-    # Prompts are padded on the left so that every next token has the same index.
-    ids = torch.full((len(prompts), longest), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(prompts), longest), dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    ids, mask = ids.to(device), mask.to(device)  # (U, P)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (U, P)
-    # What the repetition penalty sees: the prompt's own tokens also where the padding stands.
-    context = torch.where(mask.bool(), ids, ids[:, -1:]) if sampler.penalty is not None else None
+    cache, logits, mask, positions = started.cache, started.logits, started.mask, started.positions
+    context = started.context
     ends = frozenset(eos_ids)
-    cache = growing_cache(model)
-    row_of = {prompt: row for row, prompt in enumerate(prompts)}
-    members = torch.tensor([row_of[tuple(sequence.prompt_ids)] for sequence in live], device=device)  # (B,)
-
     done: list[bool] = [False] * len(live)
-    step_ids = ids
-    while live:
-        logits = model(
-            input_ids=step_ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]  # (B, V), and (U, V) for the prompts
-        if len(logits) < len(live):  # from prompts to sequences
-            cache.batch_select_indices(members)
-            logits, mask, positions = logits[members], mask[members], positions[members]
-            context = context[members] if context is not None else None
+    while True:
         next_ids, logprobs = sampler.draw(logits, context, [sequence.random for sequence in live])
         finished: list[Decoding] = []
         for row, (token, logprob) in enumerate(zip(next_ids.tolist(), logprobs.tolist(), strict=True)):
@@ -189,6 +184,14 @@ def _decode(
             done = [False] * len(live)
         step_ids = next_ids[:, None]
         mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
-        positions = positions[:, -1:] + 1
+        positions = positions + 1
         if context is not None:
             context = torch.cat([context, step_ids], dim=1)
+        logits = model(
+            input_ids=step_ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]  # (B, V)

@@ -17,7 +17,8 @@ from memfactory.draws import episode_seed
 from memfactory.episode import Message, StopReason, Turn
 from memfactory.errors import EngineError
 from memfactory.policy.base import Sampling
-from memfactory.policy.decoding import Decoding, Sampler, decode
+from memfactory.policy.decoding import Decoding, Prefilled, Sampler, decode
+from memfactory.policy.prefix_support import Support
 from memfactory.policy.rendering import check_fits, digest, pieces, prompt_of
 
 
@@ -59,6 +60,7 @@ class TransformersPolicy:
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
         template_options: dict[str, Any] | None = None,
         around: Callable[[], AbstractContextManager[object]] | None = None,
+        share_prefix: bool = True,
     ) -> None:
         """
         Args:
@@ -73,6 +75,7 @@ class TransformersPolicy:
             template_options: extra variables of the chat template.
             around: context entered for every forward pass and left before other policies on the same model may
                 run, e.g. one in which its adapter is off.
+            share_prefix: compute what pending prompts have in common once, if the model lets itself.
         """
         self.model = model
         self.tokenizer = tokenizer
@@ -84,6 +87,10 @@ class TransformersPolicy:
         self.autocast = autocast
         self.template_options = template_options or {}
         self.around = around
+        plain = cast(Any, model).get_base_model() if hasattr(model, "peft_config") else model
+        self.share_prefix = share_prefix
+        self._sharing = Support(plain, share_prefix)
+        self._prefilled = Prefilled()
         self.generator = torch.Generator(device=model.device).manual_seed(seed)
         self._seed = seed
         self.seconds = 0.0
@@ -161,7 +168,9 @@ class TransformersPolicy:
         """Nothing stays open."""
 
     def metrics(self) -> dict[str, float]:
-        return {}
+        """Ids of prompts since the last call, over those that were computed; above 1 where prefixes were shared."""
+        counted, self._prefilled = self._prefilled, Prefilled()
+        return {"real_over_computed_prefill": counted.raw / counted.computed} if counted.raw else {}
 
     async def _run(self) -> None:
         while self._pending:
@@ -212,6 +221,8 @@ class TransformersPolicy:
             Sampler(self.sampling, self.generator),
             eos_ids=self.eos_ids,
             pad_id=self.tokenizer.pad_token_id,
+            sharing=self._sharing,
+            prefilled=self._prefilled,
         )
         with _kept_casts():
             while True:

@@ -119,7 +119,9 @@ class VLLMPolicy:
     def metrics(self) -> dict[str, float]:
         """What happened at the servers since the last call. Safe from any thread."""
         taken = self.pool.servers[0].tally.take()
-        return taken | {"canary_difference": self.pool.difference, "taken_out": float(self.pool.taken_out)}
+        taken |= {"canary_difference": self.pool.difference, "taken_out": float(self.pool.taken_out)}
+        hits = LOOP.start(self.pool.cache_hit_rate()).result()
+        return taken if hits is None else taken | {"prefix_cache_hit_rate": hits}
 
     def close(self) -> None:
         """Have the servers forget the adapters, and close the connections. The one that pushes does it for all."""

@@ -183,6 +183,8 @@ class ServerPool:
     """Turns are under way while weights change. New ones are loaded and checked beside those of before, which answer
     until then; a turn ends with the weights it began with, and these stay loaded until it has. Adapters only."""
     _places: list[_Place] = field(init=False)
+    _counted: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """By server, when last asked: ids of prompts it looked up in its prefix cache, and those it found."""
     _change: asyncio.Event = field(default_factory=asyncio.Event)
     _fatal: EngineError | None = None
 
@@ -238,6 +240,23 @@ class ServerPool:
         self.weights, self.canary = weights, canary
         await self._free(())
         return self.difference
+
+    async def cache_hit_rate(self) -> float | None:
+        """Share of the ids of prompts that servers found in their prefix caches since the last call, by their own
+        count; other clients' are in it. None: nothing was asked, or no server says."""
+        asked = found = 0.0
+        for server in [place.server for place in self._places if place.up]:
+            try:
+                counters = await server.counters()
+                now = counters["prefix_cache_queries_total"], counters["prefix_cache_hits_total"]
+            except (RequestFailed, KeyError, ValueError):
+                continue  # a figure for the log; whatever samples next will tell what is wrong
+            before = self._counted.get(server.url, (0.0, 0.0))
+            if now[0] < before[0]:  # it was started anew
+                before = (0.0, 0.0)
+            self._counted[server.url] = now
+            asked, found = asked + now[0] - before[0], found + now[1] - before[1]
+        return found / asked if asked else None
 
     async def confirm(self) -> None:
         """See that the servers that are up still hold the weights of now.

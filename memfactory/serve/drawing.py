@@ -46,6 +46,7 @@ class Drawing:
                 version=trained.version or 0,
                 autocast=trained.autocast,
                 template_options=trained.template_options,
+                share_prefix=trained.share_prefix,
                 around=trained.around,
             )
         else:  # vLLM servers

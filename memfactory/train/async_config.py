@@ -15,6 +15,7 @@ from trl import GRPOConfig
 
 from memfactory.errors import EngineError, MemFactoryError, RecipeError, boundary
 from memfactory.recipe import Recipe
+from memfactory.train.config import EpisodeGRPOConfig
 
 with warnings.catch_warnings():  # that it may change is why its version is pinned and its contract tested
     warnings.simplefilter("ignore")
@@ -39,8 +40,10 @@ _NEUTRAL: dict[str, Any] = {
     "top_entropy_quantile": 1.0,
     "use_adaptive_entropy": False,
     "sync_ref_model": False,
+    "share_prefix": False,
 }
 _WHY = {
+    "share_prefix": "TRL's asynchronous trainer packs rows in its own way",
     "beta": "TRL's asynchronous trainer has no reference model, so there is no KL term",
     "num_iterations": "an episode is trained once; how old it may be then is rollout.async_grpo.max_staleness",
 }
@@ -56,7 +59,7 @@ def check_async(recipe: Recipe) -> list[MemFactoryError]:
 def _train_errors(train: dict[str, Any]) -> list[MemFactoryError]:
     errors: list[MemFactoryError] = []
     theirs = {field.name for field in dataclasses.fields(AsyncGRPOConfig)}
-    known = {field.name for field in dataclasses.fields(GRPOConfig)}
+    known = {field.name for field in dataclasses.fields(EpisodeGRPOConfig)}
     arithmetic = ("steps_per_generation", "generation_batch_size")
     for key, value in train.items():
         if key in theirs or key not in known or key in _OURS or key in arithmetic:

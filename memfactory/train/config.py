@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import typing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,24 @@ _ALIASES = {
 }
 
 
+@dataclass
+class EpisodeGRPOConfig(GRPOConfig):
+    """TRL's configuration, and what only episodes have a use for.
+
+    Args:
+        share_prefix: compute what several prompts or rows begin with once, in generation and in training, where the
+            model lets itself (:mod:`memfactory.policy.prefix_support`). Results stay the same up to rounding.
+    """
+
+    share_prefix: bool = field(default=True, metadata={"help": "Compute shared beginnings of prompts once."})
+
+
 @functools.cache
 def known_keys() -> dict[str, Any]:
-    """Name and type of every `GRPOConfig` field that a recipe may set."""
-    hints = typing.get_type_hints(GRPOConfig)
+    """Name and type of every field of :class:`EpisodeGRPOConfig` that a recipe may set."""
+    hints = typing.get_type_hints(EpisodeGRPOConfig)
     hints["fsdp"] = bool | str | list[str] | None  # transformers says `str | None`, and in its help to pass True
-    return {f.name: hints[f.name] for f in dataclasses.fields(GRPOConfig) if f.init and f.name not in _OWNED}
+    return {f.name: hints[f.name] for f in dataclasses.fields(EpisodeGRPOConfig) if f.init and f.name not in _OWNED}
 
 
 def alone(generations: int) -> RecipeError:
@@ -121,8 +134,8 @@ def check_train(section: dict[str, Any], *, groups: bool = True) -> list[MemFact
 
 def build_config(
     section: dict[str, Any], *, checkpoints: Path, seed: int, max_completion_length: int, **extra: Any
-) -> GRPOConfig:
-    """TRL's configuration from a checked `train:` section.
+) -> EpisodeGRPOConfig:
+    """The trainer's configuration from a checked `train:` section.
 
     Args:
         section: the recipe's `train:`.
@@ -140,7 +153,7 @@ def build_config(
     if values.get("eval_strategy", "no") != "no":
         values.setdefault("per_device_eval_batch_size", values.get("num_generations", 8))
     try:
-        config = GRPOConfig(
+        config = EpisodeGRPOConfig(
             output_dir=str(checkpoints),
             seed=seed,
             max_completion_length=max_completion_length,

@@ -70,6 +70,7 @@ def route(
                     token_budget=trained.token_budget,
                     autocast=trained.autocast,
                     template_options=trained.template_options,
+                    share_prefix=trained.share_prefix,
                 )
                 if section.policy == "initial" and adapter:
                     # asked anew at every pass, because the wrapped model may be another object by then

@@ -4,16 +4,22 @@ TRL's layout is [left padding | prompt | completion | right padding]. Two things
 are as wide as the longest prompt plus the longest completion, and on devices without Triton the LM
 head is applied to every position. Here rows are shifted left, so the width is the longest whole row,
 and the backbone's output is cut down to the positions that predict a completion token before the head
-sees it. Causal attention never looks right, so the padding behind a row needs no mask.
+sees it. Causal attention never looks right, so the padding behind a row needs no mask. Rows that begin alike are
+packed (:mod:`memfactory.policy.prefix_sharing`), where that saves anything.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 from transformers import PreTrainedModel
+
+from memfactory.policy.prefix_sharing import Packed, unique_ids, worth
+from memfactory.policy.prefix_support import Support
 
 
 class CompletionScorer:
@@ -21,16 +27,28 @@ class CompletionScorer:
 
     It hooks the backbone of `model` (the unwrapped model; PEFT's base model for adapters). Outside of
     :meth:`score` the hook does nothing, so generation and saving are untouched.
+
+    Args:
+        share_prefix: compute what rows have in common once, if the model lets itself.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, share_prefix: bool = False) -> None:
         self._keep: Tensor | None = None
+        self.sharing = Support(model, share_prefix)
         model.base_model.register_forward_hook(self._select)
 
     def _select(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if self._keep is not None:
+        if self._keep is not None and self._keep.dtype == torch.bool:
             output.last_hidden_state = output.last_hidden_state[self._keep].unsqueeze(0)  # (1, N, H)
+        elif self._keep is not None:  # places, some more than once
+            output.last_hidden_state = embedding(self._keep, output.last_hidden_state[0]).unsqueeze(0)  # (1, N, H)
         return output
+
+    def positions(self, rows: Sequence[list[int]]) -> int:
+        """Positions that the backbone computes for `rows` of ids."""
+        padded = len(rows) * max(map(len, rows), default=0)
+        unique = unique_ids(rows) if self.sharing.available else padded
+        return unique if worth(padded, unique) else padded
 
     def score(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, width: int, **options: Any
@@ -49,24 +67,25 @@ class CompletionScorer:
         """
         size, columns = input_ids.shape
         real = attention_mask.bool()
-        left = real.int().argmax(1)  # (B,) columns of left padding
-        lengths = real.sum(1)  # (B,)
-        longest = int(lengths.max())
-        offsets = torch.arange(longest, device=input_ids.device)
-        source = (left[:, None] + offsets).clamp(max=columns - 1)  # (B, L)
-        compact_ids = input_ids.gather(1, source)
         scored = real.clone()
         scored[:, : columns - width] = False  # (B, P + T), the completion tokens
-        # hidden state j predicts token j + 1
-        keep = scored.gather(1, source) & (offsets < lengths[:, None])
-        keep = torch.cat([keep[:, 1:], keep.new_zeros(size, 1)], dim=1)  # (B, L)
+        packed = None
+        if self.sharing.settle(model, input_ids.device) and not options:  # a router's loss counts every token
+            packed = Packed([ids[own].tolist() for ids, own in zip(input_ids.cpu(), real.cpu(), strict=True)])
+            if not worth(size * int(real.sum(1).max()), packed.unique):
+                packed = None
+        if packed is not None:
+            forward, keep = self._shared(packed, scored)
+        else:
+            forward, keep = self._separate(input_ids, real, scored)
+            if not options.get("output_router_logits"):
+                forward["attention_mask"] = None
         self._keep = keep
         try:
             output = model(
-                input_ids=compact_ids,
-                attention_mask=(offsets < lengths[:, None]).long() if options.get("output_router_logits") else None,
                 shift_labels=input_ids[scored].unsqueeze(0),  # (1, N), row-major like the kept states
                 fused_lm_head=True,
+                **forward,
                 **options,
             )
         finally:
@@ -80,3 +99,25 @@ class CompletionScorer:
         log_probs = spread(output.log_probs)
         assert log_probs is not None
         return log_probs, spread(output.entropy), getattr(output, "aux_loss", None)
+
+    @staticmethod
+    def _shared(packed: Packed, scored: Tensor) -> tuple[dict[str, Any], Tensor]:
+        """Arguments of the forward pass, and where it predicts the scored tokens: places (N,), row by row."""
+        keep = []
+        for path, count in zip(packed.paths, scored.sum(1).tolist(), strict=True):
+            last = len(path) - 1  # hidden state j predicts token j + 1
+            keep.append(path[last - count : last])
+        return packed.whole(scored.device).arguments(), torch.cat(keep).to(scored.device)
+
+    @staticmethod
+    def _separate(input_ids: Tensor, real: Tensor, scored: Tensor) -> tuple[dict[str, Any], Tensor]:
+        """The same for rows beside each other; which positions (B, L) predict."""
+        left = real.int().argmax(1)  # (B,) columns of left padding
+        lengths = real.sum(1)  # (B,)
+        longest = int(lengths.max())
+        offsets = torch.arange(longest, device=input_ids.device)
+        source = (left[:, None] + offsets).clamp(max=input_ids.shape[1] - 1)  # (B, L)
+        # hidden state j predicts token j + 1
+        keep = scored.gather(1, source) & (offsets < lengths[:, None])
+        keep = torch.cat([keep[:, 1:], keep.new_zeros(len(keep), 1)], dim=1)  # (B, L)
+        return {"input_ids": input_ids.gather(1, source), "attention_mask": (offsets < lengths[:, None]).long()}, keep

@@ -132,7 +132,11 @@ def load_policy(prepared: Prepared, checkpoint: Path | None, *, learned: bool = 
     model.to(device or torch.device("cpu")).eval()
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     policy = TransformersPolicy(
-        model, tokenizer, eos_ids=eos_ids(base, tokenizer), token_budget=recipe.rollout.generate_token_budget
+        model,
+        tokenizer,
+        eos_ids=eos_ids(base, tokenizer),
+        token_budget=recipe.rollout.generate_token_budget,
+        share_prefix=recipe.train.get("share_prefix", True),
     )
     if checkpoint is not None and learned:
         Learners(prepared.agent).load(checkpoint)

@@ -64,7 +64,7 @@ from memfactory.train.learners import Learners
 from memfactory.train.ledger import Ledger, Played, play
 from memfactory.train.ranks import Ranks
 from memfactory.train.rollout_log import log_rollout, rollout_metrics
-from memfactory.train.rows import Row, build_rows, collate, cut, deal, loss_weights
+from memfactory.train.rows import Row, build_rows, collate, cut, cut_shared, deal, loss_weights
 from memfactory.train.scoring import CompletionScorer
 from memfactory.train.sealed import NUMPY, load_state, reading, sealed, state_file
 from memfactory.train.sharding import placed, unsharded, whole_state_dict
@@ -140,8 +140,9 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         self.ranks = Ranks()
         plain = self.accelerator.unwrap_model(self.model)
         base = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
-        self._scorer = CompletionScorer(base)
-        self._ref_scorer = CompletionScorer(self.ref_model) if self.ref_model is not None else None
+        share = getattr(args, "share_prefix", True)
+        self._scorer = CompletionScorer(base, share_prefix=share)
+        self._ref_scorer = CompletionScorer(self.ref_model, share_prefix=share) if self.ref_model is not None else None
         trained = TransformersPolicy(
             plain,
             self.processing_class,
@@ -150,6 +151,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
             ),
             eos_ids=eos_ids(base, self.processing_class),
             token_budget=parts.rollout.generate_token_budget,
+            share_prefix=share,
             autocast=self.accelerator.autocast,
             template_options=cast(dict[str, Any], args.chat_template_kwargs or {}),
         )
@@ -324,7 +326,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         for name, value in self._learn(episodes).items():
             self._metrics["train"][name].append(value)
         for name, value in self.policy.metrics().items():
-            self._metrics["train"][f"server/{name}"].append(value)
+            self._metrics["train"][f"{'server' if self.policy.elsewhere else 'tokens'}/{name}"].append(value)
         buffer = self._micro_batches(episodes)
         self._enter_into_ledger(
             episodes, assessment, {task.id: row["task"] for task, row in zip(tasks, inputs, strict=True)}
@@ -431,9 +433,11 @@ class EpisodeGRPOTrainer(GRPOTrainer):
 
         steps, accumulation = self.args.steps_per_generation, self.args.gradient_accumulation_steps
         windows = steps // accumulation if steps % accumulation == 0 else 1
+        sharing = self._scorer.sharing.settle(self.model_wrapped, self.args.device)
+        divide = cut_shared if sharing else cut
         plan: list[list[list[Row]]] = []
         for window in _windows(rows, len(measured), windows, seed_of(self.args.seed, "windows", self._step)):
-            plan += deal(cut(window, self.parts.rollout.train_token_budget), steps // windows)
+            plan += deal(divide(window, self.parts.rollout.train_token_budget), steps // windows)
 
         self._entering = {}
         for place, step in enumerate(plan):
@@ -456,9 +460,9 @@ class EpisodeGRPOTrainer(GRPOTrainer):
                 group = step[number] if number < len(step) else []
                 size = max((own[place][number] for own in sizes if number < len(own[place])), default=1)
                 micro = collate(group, [weights[id(row)] for row in group], self._tokenizer.pad_token_id, size)
-                widest = max((row.length for row in group), default=2)
-                self._computed_tokens[0] += sum(row.length for row in group)
-                self._computed_tokens[1] += size * widest
+                ids = [row.prompt_ids + row.completion_ids for row in group]
+                self._computed_tokens[0] += sum(map(len, ids))
+                self._computed_tokens[1] += self._scorer.positions([*ids, *[[0, 0]] * (size - len(ids))])
                 micro = {key: value.to(self.args.device) for key, value in micro.items()}
                 if reused:
                     micro["old_per_token_logps"] = micro["sampling_per_token_logps"]

@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from trl import GRPOConfig, GRPOTrainer
 
 from memfactory.episode import Episode, StopReason, Task, Turn
+from memfactory.policy import prefix_sharing
 from memfactory.policy.tiny import tiny_tokenizer
 from memfactory.recipe import CreditSection, RolloutSection
 from memfactory.reward.aggregate import WeightedSum
@@ -28,6 +29,8 @@ from memfactory.reward.dimension import RewardDimension, reward
 from memfactory.reward.system import RewardSystem
 from memfactory.train.trainer import EpisodeGRPOTrainer, Parts
 
+prefix_sharing.LEAST = 1
+"""Rows here are short; this way those of a group are packed in every test that does not say otherwise."""
 VOCABULARY = [f"w{i}" for i in range(43)]
 FIRST, LAST = 5, 47  # ids of ordinary words
 

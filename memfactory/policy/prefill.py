@@ -1,0 +1,130 @@
+"""From prompts to a cache that decoding starts from: what prompts have in common is computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from memfactory.policy.decode_attention import GrowingLayer, growing_cache
+from memfactory.policy.prefix_sharing import Packed, worth
+from memfactory.policy.prefix_support import Support
+
+PIECE = 8192
+"""Most positions that are prefilled in one forward pass, where prompts are packed."""
+
+
+@dataclass(slots=True)
+class Prefilled:
+    """Ids of prompts."""
+
+    raw: int = 0
+    computed: int = 0
+
+
+@dataclass(slots=True)
+class Started:
+    """B sequences whose prompts are in the cache."""
+
+    cache: DynamicCache
+    logits: Tensor
+    """(B, V), of the next token."""
+    mask: Tensor
+    """(B, P), 0 on the padding at the left: so every next token has the same index."""
+    positions: Tensor
+    """(B, 1) of the last id."""
+    context: Tensor | None
+    """(B, P), what the repetition penalty sees: the prompt's own tokens also where the padding stands."""
+
+
+def prefill(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    pad_id: int,
+    *,
+    sharing: Support,
+    keep_ids: bool,
+    count: Prefilled,
+) -> Started:
+    """Compute B `prompts`, each different one once.
+
+    Args:
+        sharing: whether beginnings that several have in common are computed once too.
+        keep_ids: whether decoding wants to see the prompts' ids.
+        count: what is computed is added here.
+    """
+    different = sum(map(len, set(map(tuple, prompts))))
+    count.raw += sum(map(len, prompts))
+    packed = Packed(prompts) if sharing.possible else None
+    if packed is not None and worth(different, packed.unique) and sharing.settle(model, model.device):
+        count.computed += packed.unique
+        return _shared(model, packed, keep_ids=keep_ids)
+    count.computed += different
+    return _separate(model, prompts, pad_id, keep_ids=keep_ids)
+
+
+def _padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask (U, P), padded on the left."""
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(prompts), longest), dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    return ids, mask
+
+
+def _separate(model: PreTrainedModel, prompts: Sequence[list[int]], pad_id: int, *, keep_ids: bool) -> Started:
+    """Every different prompt by itself, in one forward pass."""
+    different = list(dict.fromkeys(map(tuple, prompts)))  # U of them, U <= B
+    ids, mask = (tensor.to(model.device) for tensor in _padded(different, pad_id))  # (U, P)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache = growing_cache(model)
+    logits = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]  # (U, V)
+    if len(different) < len(prompts):  # from prompts to sequences
+        row_of = {prompt: row for row, prompt in enumerate(different)}
+        members = torch.tensor([row_of[tuple(prompt)] for prompt in prompts], device=model.device)  # (B,)
+        cache.batch_select_indices(members)
+        ids, logits, mask, positions = ids[members], logits[members], mask[members], positions[members]
+    context = torch.where(mask.bool(), ids, ids[:, -1:]) if keep_ids else None
+    return Started(cache, logits, mask, positions[:, -1:], context)
+
+
+def _shared(model: PreTrainedModel, packed: Packed, *, keep_ids: bool) -> Started:
+    """What prompts have in common once, in pieces; each sequence gets its own copy in the cache."""
+    device = model.device
+    cache = growing_cache(model)
+    last = torch.tensor([int(path[-1]) for path in packed.paths])  # (B,) places
+    rows: list[Tensor] = []
+    order: list[Tensor] = []
+    for piece in packed.pieces(device, PIECE):
+        here = ((last >= piece.first) & (last < piece.first + piece.ids.shape[1])).nonzero()[:, 0]
+        ends = (last[here] - piece.first).to(device)
+        kept = ends if len(here) else torch.zeros_like(last[:1], device=device)  # "none" would mean all
+        logits = model(**piece.arguments(), past_key_values=cache, use_cache=True, logits_to_keep=kept).logits[0]
+        order.append(here)
+        rows.append(logits[: len(here)])
+    back = torch.cat(order).argsort().to(device)
+    longest = max(map(len, packed.paths))
+    places = torch.zeros(len(packed.paths), longest, dtype=torch.long)
+    mask = torch.zeros_like(places)
+    for row, path in enumerate(packed.paths):
+        places[row, longest - len(path) :] = path
+        mask[row, longest - len(path) :] = 1
+    ids = packed.ids[places]
+    context = torch.where(mask.bool(), ids, ids[:, -1:]).to(device) if keep_ids else None
+    for layer in cache.layers:
+        cast(GrowingLayer, layer).spread(places.to(device))
+    positions = mask.sum(1, keepdim=True) - 1
+    return Started(cache, torch.cat(rows)[back], mask.to(device), positions.to(device), context)
