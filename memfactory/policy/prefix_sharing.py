@@ -4,7 +4,7 @@ Sorted by their ids, each sequence owns what comes after the longest beginning i
 before it, and needs nothing else computed: the keys and values of its beginning are there already. Owned pieces, one
 after the other, are the packed sequence; any tree of prefixes, of any depth, takes this form:
 
-    sequences   a b c d e      packed    a b c d e | f g | h i      (N = 9 for 14 ids)
+    sequences   a b c d e      packed    a b c d e | f g | h i      (N = 9 for 13 ids)
                 a b c f g      position  0 1 2 3 4   3 4   1 2
                 a h i          owned by  row 0       row 1 row 2
 

@@ -114,6 +114,20 @@ def test_shared_prefixes_come_from_the_cache(serving):
     policy.close()
 
 
+def test_a_group_that_asks_at_once_is_prefilled_once_and_the_log_tells(serving):
+    """vLLM finds the beginning that a request of the same moment has just been given blocks for."""
+    policy = serving.policy("group")
+    policy.use(serving.model(2), 0)
+    policy.metrics()  # counts from here on
+    long = prompts(1, words=310)[0][0]["content"][::-1].replace("w", "")  # of no other test
+    words = " ".join(f"w{int(number) % 200}" for number in long.split())
+    ask(policy, [[{"role": "user", "content": f"{words} w{member}"}] for member in range(8)], max_tokens=2)
+    measured = policy.metrics()["prefix_cache_hit_rate"]
+    # the beginning is some 312 tokens, of which whole blocks of 32 can be found: seven of eight find 9 of 9.8 blocks
+    assert 7 / 8 * 288 / 330 < measured < 7 / 8
+    policy.close()
+
+
 # ---- never the wrong weights -------------------------------------------------------------------
 
 

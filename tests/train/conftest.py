@@ -17,7 +17,7 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
 from memfactory.episode import Episode, StopReason, Task, Turn
 from memfactory.policy import prefix_sharing
@@ -27,6 +27,7 @@ from memfactory.reward.aggregate import WeightedSum
 from memfactory.reward.catalogue import WeightedDimension
 from memfactory.reward.dimension import RewardDimension, reward
 from memfactory.reward.system import RewardSystem
+from memfactory.train.config import EpisodeGRPOConfig
 from memfactory.train.trainer import EpisodeGRPOTrainer, Parts
 
 prefix_sharing.LEAST = 1
@@ -176,7 +177,7 @@ class KeepGradients(TrainerCallback):
         )
 
 
-def config(folder: Any, **options: Any) -> GRPOConfig:
+def config(folder: Any, **options: Any) -> EpisodeGRPOConfig:
     values = {
         "output_dir": str(folder),
         "max_steps": 1,
@@ -193,7 +194,7 @@ def config(folder: Any, **options: Any) -> GRPOConfig:
         "max_completion_length": 16,
         "seed": 3,
     }
-    return GRPOConfig(**(values | options))
+    return EpisodeGRPOConfig(**(values | options))
 
 
 class Ours(EpisodeGRPOTrainer):
