@@ -95,10 +95,11 @@ class Plan:
     """
 
     def __init__(self, spans: Sequence[Span], queries: int, device: torch.device) -> None:
-        self.blocks = [_block(group, device) for group in _alike(spans)]
+        groups = _alike(spans)
+        self.blocks = [_block(group, device) for group in groups]
         inverse = torch.empty(queries, dtype=torch.long)
         start = 0
-        for group in _alike(spans):
+        for group in groups:
             width = max(span.count for span in group)
             for row, span in enumerate(group):
                 end = start + (row + 1) * width

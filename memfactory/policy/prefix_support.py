@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import PreTrainedModel
 
 from memfactory.policy.decode_attention import NAME
@@ -70,21 +72,35 @@ def difference(model: nn.Module, vocabulary: int, device: torch.device) -> str |
     training = model.training
     model.eval()
     try:
-        alone = [_logits(model, input_ids=torch.tensor([own], device=device)) for own in sequences]
-        together = _logits(model, **packed.whole(device).arguments())
+        with _autocasts() as cast:
+            alone = [_logits(model, input_ids=torch.tensor([own], device=device)) for own in sequences]
+            together = _logits(model, **packed.whole(device).arguments())
     except Exception as error:  # whatever a model makes of a forward pass it was not written for
         return f"its forward pass does not take a plan: {type(error).__name__}: {error}"
     finally:
         model.train(training)
-    return _apart(alone, [together[path.to(device)] for path in packed.paths])
-
-
-def _apart(alone: Sequence[Tensor], together: Sequence[Tensor]) -> str | None:
     scale = max(float(logits.abs().max()) for logits in alone)
-    apart = max(float((one - other).abs().max()) for one, other in zip(alone, together, strict=True))
-    if apart <= _CLOSE.get(alone[0].dtype, _CLOSE_ELSE) * scale:
+    apart = max(
+        float((one - together[path.to(device)]).abs().max()) for one, path in zip(alone, packed.paths, strict=True)
+    )
+    if apart <= (_CLOSE_ELSE if any(cast) else _CLOSE.get(alone[0].dtype, _CLOSE_ELSE)) * scale:
         return None
     return f"packed, its logits are {apart:.2g} apart from those of separate sequences"
+
+
+@contextmanager
+def _autocasts() -> Iterator[list[bool]]:
+    """Whether each module that computes inside does so under autocast: a wrapped model may, and show float32."""
+    found: list[bool] = []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        found.append(torch.is_autocast_enabled(next((x.device.type for x in args if isinstance(x, Tensor)), "cpu")))
+
+    handle = register_module_forward_hook(note)
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 def _logits(model: nn.Module, **arguments: Any) -> Tensor:

@@ -282,6 +282,28 @@ def test_a_model_that_can_is_told_apart(kind):
     assert model.config._attn_implementation == NAME
 
 
+def casting(kind: type[LlamaForCausalLM]) -> Any:
+    """As accelerate prepares it for bfloat16: cast inside, float32 to look at."""
+    torch.manual_seed(0)
+    model = kind(LlamaConfig(**SIZES))
+    choose(model)
+    forward = model.forward
+
+    def cast(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = forward(*args, **kwargs)
+        output.logits = output.logits.float()
+        return output
+
+    model.forward = cast
+    return model
+
+
+def test_rounding_of_half_precision_is_told_from_wrong_attention():
+    assert difference(casting(LlamaForCausalLM), VOCABULARY, CPU) is None
+    assert "apart from those" in str(difference(casting(Deaf), VOCABULARY, CPU))
+
+
 def test_what_is_switched_off_is_not_tried(caplog):
     model = make("llama")
     support = Support(model, wanted=False)
