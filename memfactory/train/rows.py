@@ -19,7 +19,7 @@ from memfactory.policy.prefix_sharing import common
 SCORED = 1
 """Positions that the log-prob of a token counts for beside its own, where prefixes are shared. A larger part of such a
 pass is scored, so the head works on more tokens at once, and keys of the prefix are gathered for each row. With this a
-pass takes no more memory than one of separate rows of the same budget (benchmarks/README.md)."""
+pass takes no more memory than one of separate rows of the same budget (docs/prefix-sharing.md)."""
 PASS = 0.02
 """What a pass costs beside its positions, as a share of the budget: of two equal ways to cut, fewer passes win."""
 
