@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-from memfactory.policy.prefix_sharing import KEYWORD, Plan
+from memfactory.policy import branches, prefix_sharing
 
 NAME = "memfactory_sdpa"
 """Under this name transformers knows :func:`grouped_attention`."""
@@ -95,11 +95,14 @@ def grouped_attention(
 ) -> tuple[Tensor, None]:
     """Attention of `query` (B, H, Q, D) to `key` and `value` (B, K, L, D) without repeating them H / K times.
 
-    With a plan of shared prefixes, that decides. One new token per sequence: the H / K query heads of a key head
-    become its queries, which is the same sum in another order. On CPU longer queries use torch's own grouped kernel.
-    Everything else is left to `transformers`.
+    With a plan of shared prefixes, or prefixes that are kept once, these decide. One new token per sequence: the H / K
+    query heads of a key head become its queries, which is the same sum in another order. On CPU longer queries use
+    torch's own grouped kernel. Everything else is left to `transformers`.
     """
-    plan: Plan | None = kwargs.pop(KEYWORD, None)
+    plan: prefix_sharing.Plan | None = kwargs.pop(prefix_sharing.KEYWORD, None)
+    kept: branches.Branches | None = kwargs.pop(branches.KEYWORD, None)
+    if kept is not None and attention_mask is not None:
+        return kept.attend(module, query, key, value, attention_mask, scaling), None
     if plan is not None:
         return plan.attend(query, key, value, scale=scaling, dropout=dropout), None
     size, heads, queries, width = query.shape

@@ -25,6 +25,7 @@ from transformers.generation.logits_process import (
 
 from memfactory.episode import StopReason
 from memfactory.policy.base import Sampling
+from memfactory.policy.branches import KEYWORD
 from memfactory.policy.decode_attention import grouped
 from memfactory.policy.prefill import Prefilled, Started, prefill
 from memfactory.policy.prefix_support import Support
@@ -152,7 +153,7 @@ def _decode(
     device = model.device
     live = list(sequences)
     cache, logits, mask, positions = started.cache, started.logits, started.mask, started.positions
-    context = started.context
+    context, kept = started.context, started.kept
     ends = frozenset(eos_ids)
     done: list[bool] = [False] * len(live)
     while True:
@@ -178,6 +179,8 @@ def _decode(
         if sum(done) >= _COMPACT_AT * len(done):
             keep = torch.tensor([row for row, over in enumerate(done) if not over], device=device)
             cache.batch_select_indices(keep)
+            if kept is not None:
+                kept.select(keep)
             next_ids, mask, positions = next_ids[keep], mask[keep], positions[keep]
             context = context[keep] if context is not None else None
             live = [sequence for sequence, over in zip(live, done, strict=True) if not over]
@@ -187,9 +190,12 @@ def _decode(
         positions = positions + 1
         if context is not None:
             context = torch.cat([context, step_ids], dim=1)
+        how: dict[str, Any] = {"attention_mask": mask}
+        if kept is not None:
+            how = {"attention_mask": mask[:, None, None].bool(), KEYWORD: kept}
         logits = model(
             input_ids=step_ids,
-            attention_mask=mask,
+            **how,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from memfactory.policy.branches import Branches, able, groups
 from memfactory.policy.decode_attention import GrowingLayer, growing_cache
 from memfactory.policy.prefix_sharing import Packed, worth
 from memfactory.policy.prefix_support import Support
@@ -34,11 +35,13 @@ class Started:
     logits: Tensor
     """(B, V), of the next token."""
     mask: Tensor
-    """(B, P), 0 on the padding at the left: so every next token has the same index."""
+    """(B, P), 0 on the padding at the left: so every next token has the same index. With `kept`, of what follows."""
     positions: Tensor
     """(B, 1) of the last id."""
     context: Tensor | None
     """(B, P), what the repetition penalty sees: the prompt's own tokens also where the padding stands."""
+    kept: Branches | None = None
+    """Prefixes that are not in the cache, because several sequences continue them."""
 
 
 def prefill(
@@ -67,21 +70,11 @@ def prefill(
     return _separate(model, prompts, pad_id, keep_ids=keep_ids)
 
 
-def _padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Ids and mask (U, P), padded on the left."""
-    longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(prompts), longest), dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    return ids, mask
-
-
 def _separate(model: PreTrainedModel, prompts: Sequence[list[int]], pad_id: int, *, keep_ids: bool) -> Started:
     """Every different prompt by itself, in one forward pass."""
     different = list(dict.fromkeys(map(tuple, prompts)))  # U of them, U <= B
-    ids, mask = (tensor.to(model.device) for tensor in _padded(different, pad_id))  # (U, P)
+    rows, real = _left_padded([torch.tensor(prompt) for prompt in different], pad_id)
+    ids, mask = rows.to(model.device), real.to(model.device)  # (U, P)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache = growing_cache(model)
     logits = model(
@@ -102,7 +95,8 @@ def _separate(model: PreTrainedModel, prompts: Sequence[list[int]], pad_id: int,
 
 
 def _shared(model: PreTrainedModel, packed: Packed, *, keep_ids: bool) -> Started:
-    """What prompts have in common once, in pieces; each sequence gets its own copy in the cache."""
+    """What prompts have in common once, in pieces. Prefixes stay where they are, if attention can read them there, and
+    the cache has what is each sequence's own; else each gets a copy of all."""
     device = model.device
     cache = growing_cache(model)
     last = torch.tensor([int(path[-1]) for path in packed.paths])  # (B,) places
@@ -111,20 +105,38 @@ def _shared(model: PreTrainedModel, packed: Packed, *, keep_ids: bool) -> Starte
     for piece in packed.pieces(device, PIECE):
         here = ((last >= piece.first) & (last < piece.first + piece.ids.shape[1])).nonzero()[:, 0]
         ends = (last[here] - piece.first).to(device)
-        kept = ends if len(here) else torch.zeros_like(last[:1], device=device)  # "none" would mean all
-        logits = model(**piece.arguments(), past_key_values=cache, use_cache=True, logits_to_keep=kept).logits[0]
+        asked = ends if len(here) else torch.zeros_like(last[:1], device=device)  # "none" would mean all
+        logits = model(**piece.arguments(), past_key_values=cache, use_cache=True, logits_to_keep=asked).logits[0]
         order.append(here)
         rows.append(logits[: len(here)])
     back = torch.cat(order).argsort().to(device)
-    longest = max(map(len, packed.paths))
-    places = torch.zeros(len(packed.paths), longest, dtype=torch.long)
-    mask = torch.zeros_like(places)
-    for row, path in enumerate(packed.paths):
-        places[row, longest - len(path) :] = path
-        mask[row, longest - len(path) :] = 1
-    ids = packed.ids[places]
-    context = torch.where(mask.bool(), ids, ids[:, -1:]).to(device) if keep_ids else None
+    kept = None
+    skip = [0] * len(packed.paths)
+    if able(model, cache):
+        found = groups(packed.paths)
+        kept = Branches(cache, packed.paths, found, device)
+        for members, prefix in found:
+            for member in members:
+                skip[member] = prefix
+    own = [path[begin:] for path, begin in zip(packed.paths, skip, strict=True)]
+    places, mask = _left_padded(own)
     for layer in cache.layers:
         cast(GrowingLayer, layer).spread(places.to(device))
-    positions = mask.sum(1, keepdim=True) - 1
-    return Started(cache, torch.cat(rows)[back], mask.to(device), positions.to(device), context)
+    positions = torch.tensor([[len(path) - 1] for path in packed.paths])
+    context = None
+    if keep_ids:
+        everything, real = _left_padded(packed.paths)
+        ids = packed.ids[everything]
+        context = torch.where(real.bool(), ids, ids[:, -1:]).to(device)
+    return Started(cache, torch.cat(rows)[back], mask.to(device), positions.to(device), context, kept)
+
+
+def _left_padded(rows: Sequence[Tensor], filling: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows and mask (B, L), 0 on the padding."""
+    longest = max(map(len, rows))
+    filled = torch.full((len(rows), longest), filling)
+    mask = torch.zeros_like(filled)
+    for number, row in enumerate(rows):
+        filled[number, longest - len(row) :] = row
+        mask[number, longest - len(row) :] = 1
+    return filled, mask

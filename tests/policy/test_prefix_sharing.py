@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import random
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from memfactory.policy import prefill, prefix_sharing
+from memfactory.policy import branches, prefill, prefix_sharing
 from memfactory.policy.base import Sampling
 from memfactory.policy.decode_attention import NAME, growing_cache
 from memfactory.policy.prefix_sharing import Packed, unique_ids
@@ -362,6 +363,55 @@ def test_tokens_are_the_same_with_and_without(bench, tokenizer, monkeypatch, kin
         saved = policy.metrics()["real_over_computed_prefill"]
         assert (saved > 2) == share
     for one, other in zip(*found, strict=True):
+        assert one.completion_ids == other.completion_ids
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+@given(sequences | st.integers(0, 1000).map(tree))
+def test_prefixes_are_kept_so_that_fewest_positions_are(found):
+    paths = Packed(found).paths
+    groups = branches.groups(paths)
+    assert sorted(member for members, _ in groups for member in members) == list(range(len(found)))
+    for members, prefix in groups:
+        assert len({tuple(found[member][:prefix]) for member in members}) == 1
+        assert all(len(found[member]) > prefix for member in members)
+    ordered = sorted(range(len(found)), key=lambda index: paths[index].tolist())
+    if len(ordered) > 8:
+        return
+
+    def kept(parts):
+        total = 0
+        for part in parts:
+            own = [found[member] for member in part]
+            same = next((n for n in range(min(map(len, own))) if len({row[n] for row in own}) > 1), min(map(len, own)))
+            prefix = min(same, *(len(row) - 1 for row in own)) if len(own) > 1 else 0
+            total += sum(map(len, own)) - (len(own) - 1) * prefix
+        return total
+
+    cuts = (places for n in range(len(ordered)) for places in combinations(range(1, len(ordered)), n))
+    best = min(kept([ordered[a:b] for a, b in pairwise((0, *places, len(ordered)))]) for places in cuts)
+    assert sum(prefix + sum(len(found[m]) - prefix for m in members) for members, prefix in groups) == best
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
+def test_prefixes_that_are_kept_once_are_decoded_from(bench, tokenizer, monkeypatch, kind):
+    """Were they not, or without float32, each sequence would have a copy."""
+    attended = []
+    attend = branches.Branches.attend
+    monkeypatch.setattr(branches.Branches, "attend", lambda *a: (attended.append(a[2].shape[0]), attend(*a))[1])
+    model = bench.make_model(kind, len(tokenizer))
+    prompts = texts(4)
+    limits = [30 if number % 3 else 4 for number in range(len(prompts))]
+    turns = generate(TransformersPolicy(model, tokenizer, sampling=Sampling(0.0)), prompts, limits)
+    assert attended[0] == len(prompts)
+    assert attended[-1] < len(prompts), "those that ended have left"
+    attended.clear()
+    generate(TransformersPolicy(copy.deepcopy(model).bfloat16(), tokenizer, sampling=Sampling(0.0)), prompts, limits)
+    assert not attended
+    monkeypatch.setattr(prefill, "able", lambda *_: False)
+    again = generate(TransformersPolicy(model, tokenizer, sampling=Sampling(0.0)), prompts, limits)
+    assert not attended
+    for one, other in zip(turns, again, strict=True):
         assert one.completion_ids == other.completion_ids
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
