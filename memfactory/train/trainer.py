@@ -311,6 +311,8 @@ class EpisodeGRPOTrainer(GRPOTrainer):
             seed = seed_of(self.args.seed, self.state.global_step, self._step, rank)
             self.policy.seed(seed)
             self.learners.seed(seed)
+            if not self.policy.elsewhere:
+                self.policy.metrics()  # what an evaluation has counted before
             measuring = self.parts.rewards.begin()
             episodes = run_episodes(self.parts.agent, tasks, self.policy, measuring.submit)
             episodes += self._reroll(episodes, seed, measuring)

@@ -30,8 +30,6 @@ from memfactory.reward.system import RewardSystem
 from memfactory.train.config import EpisodeGRPOConfig
 from memfactory.train.trainer import EpisodeGRPOTrainer, Parts
 
-prefix_sharing.LEAST = 1
-"""Rows here are short; this way those of a group are packed in every test that does not say otherwise."""
 VOCABULARY = [f"w{i}" for i in range(43)]
 FIRST, LAST = 5, 47  # ids of ordinary words
 
@@ -43,6 +41,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def prefixes_are_shared(monkeypatch):
+    """Rows here are short; this way those of a group are packed in every test that does not say otherwise."""
+    monkeypatch.setattr(prefix_sharing, "LEAST", 1)
 
 
 @pytest.fixture(scope="session", autouse=True)

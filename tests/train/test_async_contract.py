@@ -9,13 +9,13 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from trl import GRPOConfig
 from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, async_grpo_trainer, packing
 from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
 
 from memfactory.train import async_config, async_trainer
 from memfactory.train.async_trainer import AsyncEpisodeTrainer, _NoTransfer
 from memfactory.train.async_worker import EpisodeRolloutWorker
+from memfactory.train.config import EpisodeGRPOConfig
 from tests.train.test_trl_contract import calls, changed, tree
 
 METHODS = {
@@ -125,7 +125,7 @@ def test_fields_of_a_sample():
 
 def test_configuration_fields():
     theirs = {field.name for field in dataclasses.fields(AsyncGRPOConfig)}
-    own = {field.name for field in dataclasses.fields(GRPOConfig)}
+    own = {field.name for field in dataclasses.fields(EpisodeGRPOConfig)}
     assert {"max_staleness", "weight_sync_steps", "token_budget", "fork_threshold_tokens"} <= theirs
     for name in (*async_config._OURS, *async_config._NEUTRAL):
         assert name in own, changed(f"GRPOConfig has no {name}", async_config.__name__)

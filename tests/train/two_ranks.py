@@ -23,6 +23,7 @@ from rich.console import Console
 from torch.distributed.tensor import DTensor
 
 from memfactory.errors import MemFactoryError
+from memfactory.policy import prefix_sharing
 from memfactory.reward.system import RewardSystem
 from memfactory.train.prepare import prepare
 from memfactory.train.run import train
@@ -40,6 +41,8 @@ from tests.train.conftest import (
     tiny_tokenizer,
 )
 from tests.train.launching import LEARNING_RATE
+
+prefix_sharing.LEAST = 1  # as in the tests of one process: rows of a group are packed, however short
 
 
 def options(engine: str) -> dict[str, Any]:
