@@ -104,7 +104,8 @@ def grouped_attention(
     if kept is not None and attention_mask is not None:
         return kept.attend(module, query, key, value, attention_mask, scaling), None
     if plan is not None:
-        return plan.attend(query, key, value, scale=scaling, dropout=dropout), None
+        layer = getattr(module, "layer_idx", None)
+        return plan.attend(query, key, value, layer=layer, scale=scaling, dropout=dropout), None
     size, heads, queries, width = query.shape
     key_heads = key.shape[1]
     if attention_mask is not None and heads != key_heads:

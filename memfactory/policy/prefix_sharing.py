@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -85,6 +85,13 @@ class _Block:
         return self._biases[dtype, times]
 
 
+class Joint(Protocol):
+    """Where other passes over the same tree meet a pass (:mod:`memfactory.policy.stem`)."""
+
+    def join(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (M, K D) of all places of attention layer `layer`, from those (N, K D) of this pass."""
+
+
 class Plan:
     """How the queries of a forward pass attend, see the module.
 
@@ -92,9 +99,11 @@ class Plan:
         spans: of all queries, in the order of their places.
         queries: N, their number.
         device: where the model computes.
+        joint: adds the keys and values that are known from elsewhere; None: there are none.
     """
 
-    def __init__(self, spans: Sequence[Span], queries: int, device: torch.device) -> None:
+    def __init__(self, spans: Sequence[Span], queries: int, device: torch.device, joint: Joint | None = None) -> None:
+        self.joint = joint
         groups = _alike(spans)
         self.blocks = [_block(group, device) for group in groups]
         inverse = torch.empty(queries, dtype=torch.long)
@@ -108,13 +117,16 @@ class Plan:
         self.inverse = inverse.to(device)
         """(N,) where each query's output stands among the outputs of all blocks."""
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, layer: int | None, scale: float | None, dropout: float
+    ) -> Tensor:
         """Attention along each query's own path.
 
         Args:
             query: (1, H, N, D).
-            key: (1, K, M, D), of all places, M >= N; K divides H.
+            key: (1, K, M, D), of all places, M >= N, or with a joint of those of this pass, M = N; K divides H.
             value: as `key`.
+            layer: which one attends; a joint needs to know.
 
         Returns:
             (1, N, H, D).
@@ -122,6 +134,9 @@ class Plan:
         heads, key_heads, width = query.shape[1], key.shape[1], query.shape[3]
         times = heads // key_heads
         flat_q, flat_k, flat_v = (_flat(states) for states in (query, key, value))  # (N, H D), (M, K D)
+        if self.joint is not None:
+            assert layer is not None, "asked of the model before (prefix_support.staged)"
+            flat_k, flat_v = self.joint.join(layer, flat_k, flat_v)
         outputs = []
         for block in self.blocks:
             q = embedding(block.queries, flat_q).unflatten(-1, (key_heads, times, width))  # (R, Q, K, H / K, D)
@@ -206,26 +221,33 @@ class Packed:
 
     Args:
         sequences: lists of ids, none empty.
+        known: ids of a beginning whose keys and values come from elsewhere. They have the first places in paths, and
+            sequences that begin so own only what comes after.
     """
 
-    def __init__(self, sequences: Sequence[list[int]]) -> None:
+    def __init__(self, sequences: Sequence[list[int]], known: Sequence[int] = ()) -> None:
         self.raw = sum(map(len, sequences))
         """Ids of all sequences."""
+        self.known = list(known)
         ids: list[int] = []
         positions: list[int] = []
         self.paths: list[Tensor] = [torch.empty(0, dtype=torch.long)] * len(sequences)
         """(L,) where the ids of each sequence stand in the packed one."""
         self._owned: list[tuple[int, int, int]] = []
         """Sequence, first place and number of ids of each piece that is owned."""
-        before: list[int] = []
-        path = torch.empty(0, dtype=torch.long)
-        for index in sorted(range(len(sequences)), key=lambda index: sequences[index]):
+        before = self.known
+        path = torch.arange(len(known))
+
+        def order(index: int) -> tuple[bool, list[int]]:
+            return sequences[index] < self.known, sequences[index]  # what begins with the known ids comes first
+
+        for index in sorted(range(len(sequences)), key=order):
             own = sequences[index]
             shared = common(before, own)
             first = len(ids)
             ids += own[shared:]
             positions += range(shared, len(own))
-            path = torch.cat([path[:shared], torch.arange(first, len(ids))])
+            path = torch.cat([path[:shared], len(known) + torch.arange(first, len(ids))])
             self.paths[index] = path
             self._owned.append((index, first, len(ids) - first))
             before = own
@@ -236,7 +258,7 @@ class Packed:
         """N, ids that are computed."""
         return len(self.ids)
 
-    def pieces(self, device: torch.device, most: int | None = None) -> Iterator[Piece]:
+    def pieces(self, device: torch.device, most: int | None = None, joint: Joint | None = None) -> Iterator[Piece]:
         """The packed sequence in pieces of at most `most` places; all in one without."""
         step = most or self.unique
         for first in range(0, self.unique, step):
@@ -247,13 +269,13 @@ class Packed:
                 if low < high:
                     path = self.paths[index]
                     spans.append(Span(low - first, high - low, path[: len(path) - (start + count - high)]))
-            plan = Plan(spans, end - first, device)
+            plan = Plan(spans, end - first, device, joint)
             ids, positions = self.ids[first:end].to(device), self.positions[first:end].to(device)
             yield Piece(first, ids[None], positions[None], plan)
 
-    def whole(self, device: torch.device) -> Piece:
+    def whole(self, device: torch.device, joint: Joint | None = None) -> Piece:
         """The packed sequence in one piece."""
-        return next(self.pieces(device))
+        return next(self.pieces(device, joint=joint))
 
 
 def common(one: list[int], other: list[int]) -> int:

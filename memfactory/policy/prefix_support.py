@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from memfactory.policy.decode_attention import NAME
 from memfactory.policy.prefix_sharing import Packed
+from memfactory.policy.stem import Junction, Stem, staged
 
 LOG = logging.getLogger("memfactory.prefix_sharing")
 
@@ -58,31 +59,36 @@ def choose(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def difference(model: nn.Module, vocabulary: int, device: torch.device) -> str | None:
+def difference(model: nn.Module, vocabulary: int, device: torch.device, *, stems: bool = False) -> str | None:
     """What is different when `model` computes a few short sequences packed and each by itself; None: nothing.
 
     Args:
         model: may be wrapped; every rank of a sharded model calls this.
         vocabulary: ids that it knows.
+        stems: compute their beginning in a pass before.
     """
     begin = [(7 * place + 1) % vocabulary for place in range(_BEGINNING)]
     ends = [[(11 * place + 5 * row + 2) % vocabulary for place in range(_ENDING + row)] for row in range(_ENDINGS)]
     sequences = [begin + end for end in ends] + [ends[0]]
-    packed = Packed(sequences)
     training = model.training
     model.eval()
     try:
         with _autocasts() as cast:
             alone = [_logits(model, input_ids=torch.tensor([own], device=device)) for own in sequences]
-            together = _logits(model, **packed.whole(device).arguments())
+            stem = Stem()
+            owed = stem.move(model, begin if stems else [], device)
+            packed = Packed(sequences, known=stem.ids)
+            joint = Junction(stem, owed, packed, sequences, device)
+            together = _logits(model, **packed.whole(device, joint if stems else None).arguments())
     except Exception as error:  # whatever a model makes of a forward pass it was not written for
         return f"its forward pass does not take a plan: {type(error).__name__}: {error}"
     finally:
         model.train(training)
     scale = max(float(logits.abs().max()) for logits in alone)
-    apart = max(
-        float((one - together[path.to(device)]).abs().max()) for one, path in zip(alone, packed.paths, strict=True)
-    )
+    apart = 0.0
+    for one, path in zip(alone, packed.paths, strict=True):
+        own = path >= len(packed.known)
+        apart = max(apart, float((one[own] - together[path[own] - len(packed.known)]).abs().max()))
     if apart <= (_CLOSE_ELSE if any(cast) else _CLOSE.get(alone[0].dtype, _CLOSE_ELSE)) * scale:
         return None
     return f"packed, its logits are {apart:.2g} apart from those of separate sequences"
@@ -121,6 +127,9 @@ class Support:
         self._vocabulary = int(model.config.get_text_config().vocab_size)
         self._tried = not wanted
         self.available = False
+        self.stems = False
+        """Whether passes can be joined as well (:mod:`memfactory.policy.stem`)."""
+        self._staged = wanted and staged(model)
         if not wanted:
             return
         why = obstacle(model)
@@ -142,6 +151,8 @@ class Support:
             if why is not None:
                 self._refuse(why)
             self.available = why is None
+            if self.available and self._staged:
+                self.stems = difference(model, self._vocabulary, device, stems=True) is None
         return self.available
 
     def _refuse(self, why: str) -> None:

@@ -1,4 +1,4 @@
-"""Rows: from turns with credit to training sequences and token-budget micro-batches.
+"""Rows: from turns with credit to training sequences.
 
 Turns whose prompt continues the sequence before it merge into one row; a rewritten context starts a
 new row. Every sampled id of a trainable turn stands in exactly one row, exactly as it was sampled.
@@ -8,20 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from memfactory.episode import Episode
-from memfactory.policy.prefix_sharing import common
-
-SCORED = 1
-"""Positions that the log-prob of a token counts for beside its own, where prefixes are shared. A larger part of such a
-pass is scored, so the head works on more tokens at once, and keys of the prefix are gathered for each row. With this a
-pass takes no more memory than one of separate rows of the same budget (docs/prefix-sharing.md)."""
-PASS = 0.02
-"""What a pass costs beside its positions, as a share of the budget: of two equal ways to cut, fewer passes win."""
 
 
 @dataclass(slots=True)
@@ -143,66 +134,6 @@ def loss_weights(
         return [total / (episodes * max_length)] * len(rows)
     assert loss_type == "luspo", loss_type
     return [total / episodes] * len(rows)
-
-
-def cut(rows: Sequence[Row], budget: int) -> list[list[Row]]:
-    """Micro-batches of rows of similar length with (rows x longest row) <= `budget`.
-
-    A row longer than the budget gets a micro-batch of its own: it cannot be cut.
-    """
-    batches: list[list[Row]] = []
-    for row in sorted(rows, key=lambda row: row.length, reverse=True):
-        # rows come longest first, so the first of a batch sets its width
-        if batches and (len(batches[-1]) + 1) * batches[-1][0].length <= budget:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches
-
-
-def cut_shared(rows: Sequence[Row], budget: int) -> list[list[Row]]:
-    """Micro-batches of rows that begin alike, with at most `budget` unique positions each, the head's work counted in.
-
-    Of all ways to cut the rows, sorted by their ids, into neighbours, this is the one that computes fewest positions:
-    it cuts where little is shared, so a group stays together where it fits. A row longer than the budget gets a
-    micro-batch of its own.
-    """
-    ordered = sorted(rows, key=_ids)
-    own = [row.length + SCORED * len(row.completion_ids) for row in ordered]
-    shared = [0, *(common(_ids(one), _ids(other)) for one, other in pairwise(ordered))]
-    fewest, begins = [0.0], [0]  # for the rows before each one: positions computed, and where their last cut begins
-    for end in range(1, len(ordered) + 1):
-        best, begin, size = float("inf"), end - 1, 0.0
-        for start in range(end - 1, -1, -1):
-            size += own[start]  # the first of a micro-batch shares nothing in it
-            if size > budget and start < end - 1:
-                break
-            if (cost := fewest[start] + size + PASS * budget) < best:
-                best, begin = cost, start
-            size -= shared[start]
-        fewest.append(best)
-        begins.append(begin)
-    batches: list[list[Row]] = []
-    end = len(ordered)
-    while end:
-        batches.append(ordered[begins[end] : end])
-        end = begins[end]
-    return batches[::-1]
-
-
-def _ids(row: Row) -> list[int]:
-    return row.prompt_ids + row.completion_ids
-
-
-def deal(batches: Sequence[list[Row]], hands: int) -> list[list[list[Row]]]:
-    """Spread micro-batches over `hands` training steps, all in order, sizes differing by at most one."""
-    size, extra = divmod(len(batches), hands)
-    result, start = [], 0
-    for hand in range(hands):
-        end = start + size + (hand < extra)
-        result.append(list(batches[start:end]))
-        start = end
-    return result
 
 
 def collate(rows: Sequence[Row], weights: Sequence[float], pad_id: int, size: int | None = None) -> dict[str, Tensor]:

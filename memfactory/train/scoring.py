@@ -5,12 +5,14 @@ are as wide as the longest prompt plus the longest completion, and on devices wi
 head is applied to every position. Here rows are shifted left, so the width is the longest whole row,
 and the backbone's output is cut down to the positions that predict a completion token before the head
 sees it. Causal attention never looks right, so the padding behind a row needs no mask. Rows that begin alike are
-packed (:mod:`memfactory.policy.prefix_sharing`), where that saves anything.
+packed (:mod:`memfactory.policy.prefix_sharing`), where that saves anything, and passes over rows that begin alike are
+joined (:mod:`memfactory.policy.stem`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 from transformers import PreTrainedModel
 
-from memfactory.policy.prefix_sharing import Packed, unique_ids, worth
+from memfactory.policy.prefix_sharing import Packed, worth
 from memfactory.policy.prefix_support import Support
+from memfactory.policy.stem import Junction, Owed, Stem
 
 
 class CompletionScorer:
@@ -34,6 +37,8 @@ class CompletionScorer:
 
     def __init__(self, model: PreTrainedModel, *, share_prefix: bool = False) -> None:
         self._keep: Tensor | None = None
+        self._stem = Stem()
+        self._owed: Owed | None = None
         self.sharing = Support(model, share_prefix)
         model.base_model.register_forward_hook(self._select)
 
@@ -44,11 +49,29 @@ class CompletionScorer:
             output.last_hidden_state = embedding(self._keep, output.last_hidden_state[0]).unsqueeze(0)  # (1, N, H)
         return output
 
-    def positions(self, rows: Sequence[list[int]]) -> int:
-        """Positions that the backbone computes for `rows` of ids."""
+    def positions(self, rows: Sequence[list[int]], stem: Sequence[int] = (), *, joined: bool = False) -> int:
+        """Positions that the backbone computes for `rows` of ids.
+
+        Args:
+            stem: that they continue.
+            joined: the pass before continues these rows.
+        """
         padded = len(rows) * max(map(len, rows), default=0)
-        unique = unique_ids(rows) if self.sharing.available else padded
-        return unique if worth(padded, unique) else padded
+        unique = Packed(rows, stem).unique if self.sharing.available else padded
+        return unique if stem or joined or worth(padded, unique) else padded
+
+    @contextmanager
+    def continuing(self, model: nn.Module, stem: list[int], device: torch.device, *, join_in: bool) -> Iterator[None]:
+        """Inside, rows continue `stem`, and take over the gradients that rows before them have for them.
+
+        A pass without gradients computes what the stem does not have in common with the one before, which `join_in`
+        asks for on a rank that has nothing to compute when another one has.
+        """
+        self._owed = self._stem.move(model, stem, device, join_in=join_in)
+        try:
+            yield
+        finally:
+            self._owed = None
 
     def score(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, width: int, **options: Any
@@ -70,12 +93,18 @@ class CompletionScorer:
         scored = real.clone()
         scored[:, : columns - width] = False  # (B, P + T), the completion tokens
         packed = None
+        joint = None
         if self.sharing.settle(model, input_ids.device) and not options:  # a router's loss counts every token
-            packed = Packed([ids[own].tolist() for ids, own in zip(input_ids.cpu(), real.cpu(), strict=True)])
-            if not worth(size * int(real.sum(1).max()), packed.unique):
-                packed = None
+            rows = [ids[own].tolist() for ids, own in zip(input_ids.cpu(), real.cpu(), strict=True)]
+            if self._owed is not None and (self._stem.ids or self._owed):
+                packed = Packed(rows, self._stem.ids)
+                joint = Junction(self._stem, self._owed, packed, rows, input_ids.device)
+            else:
+                packed = Packed(rows)
+                if not worth(size * int(real.sum(1).max()), packed.unique):
+                    packed = None
         if packed is not None:
-            forward, keep = self._shared(packed, scored)
+            forward, keep = self._shared(packed, scored, joint)
         else:
             forward, keep = self._separate(input_ids, real, scored)
             if not options.get("output_router_logits"):
@@ -101,13 +130,13 @@ class CompletionScorer:
         return log_probs, spread(output.entropy), getattr(output, "aux_loss", None)
 
     @staticmethod
-    def _shared(packed: Packed, scored: Tensor) -> tuple[dict[str, Any], Tensor]:
+    def _shared(packed: Packed, scored: Tensor, joint: Junction | None) -> tuple[dict[str, Any], Tensor]:
         """Arguments of the forward pass, and where it predicts the scored tokens: places (N,), row by row."""
         keep = []
         for path, count in zip(packed.paths, scored.sum(1).tolist(), strict=True):
             last = len(path) - 1  # hidden state j predicts token j + 1
-            keep.append(path[last - count : last])
-        return packed.whole(scored.device).arguments(), torch.cat(keep).to(scored.device)
+            keep.append(path[last - count : last] - len(packed.known))
+        return packed.whole(scored.device, joint).arguments(), torch.cat(keep).to(scored.device)
 
     @staticmethod
     def _separate(input_ids: Tensor, real: Tensor, scored: Tensor) -> tuple[dict[str, Any], Tensor]:

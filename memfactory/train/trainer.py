@@ -62,9 +62,10 @@ from memfactory.train.distribution import Asked, CheckWrapped, check_options, ch
 from memfactory.train.health import Health
 from memfactory.train.learners import Learners
 from memfactory.train.ledger import Ledger, Played, play
+from memfactory.train.passes import Pass, plan_passes
 from memfactory.train.ranks import Ranks
 from memfactory.train.rollout_log import log_rollout, rollout_metrics
-from memfactory.train.rows import Row, build_rows, collate, cut, cut_shared, deal, loss_weights
+from memfactory.train.rows import Row, build_rows, collate, loss_weights
 from memfactory.train.scoring import CompletionScorer
 from memfactory.train.sealed import NUMPY, load_state, reading, sealed, state_file
 from memfactory.train.sharding import placed, unsharded, whole_state_dict
@@ -242,8 +243,11 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         asked, coefficient = self.loss_type, self.router_aux_loss_coef
         self.loss_type = "dapo" if asked in _AS_DAPO else asked
         self.router_aux_loss_coef = coefficient / self._passes  # TRL adds it in every pass; a step wants it once
+        stem = inputs["stem_ids"].tolist() if "stem_ids" in inputs else []  # absent in older checkpoints
+        join_in = bool(inputs.get("stem_pass", False))
         try:
-            loss = super()._compute_loss(model, inputs)
+            with self._scorer.continuing(model, stem, self.args.device, join_in=join_in):
+                loss = super()._compute_loss(model, inputs)
             if self.policy.elsewhere and self._computed_logps is not None:
                 self._log_difference(inputs, self._computed_logps)
             return loss
@@ -435,15 +439,16 @@ class EpisodeGRPOTrainer(GRPOTrainer):
 
         steps, accumulation = self.args.steps_per_generation, self.args.gradient_accumulation_steps
         windows = steps // accumulation if steps % accumulation == 0 else 1
-        sharing = self._scorer.sharing.settle(self.model_wrapped, self.args.device)
-        divide = cut_shared if sharing else cut
-        plan: list[list[list[Row]]] = []
+        sharing = self._scorer.sharing
+        shared = sharing.settle(self.model_wrapped, self.args.device) and not self.aux_loss_enabled
+        plan: list[list[Pass]] = []
         for window in _windows(rows, len(measured), windows, seed_of(self.args.seed, "windows", self._step)):
-            plan += deal(divide(window, self.parts.rollout.train_token_budget), steps // windows)
+            budget, parts = self.parts.rollout.train_token_budget, steps // windows
+            plan += plan_passes(window, budget, parts, shared=shared, stems=shared and sharing.stems)
 
         self._entering = {}
         for place, step in enumerate(plan):
-            for row in (row for group in step for row in group):
+            for row in (row for part in step for row in part.rows):
                 self._entering.setdefault(id(measured[row.episode]), []).append(place)
 
         # While the weights have not moved since sampling, TRL takes the ratio against the pass itself; otherwise
@@ -452,19 +457,29 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         # Another engine computes log-probs a little differently: the ratio against what it sampled by corrects that.
         reused |= self.policy.elsewhere
         buffer: list[list[MicroBatch]] = []
-        sizes: list[list[list[int]]] = self.ranks.gather([[[len(group) for group in step] for step in plan]])
+        sizes: list[list[list[tuple[int, int]]]] = self.ranks.gather(
+            [[[(len(part.rows), part.grown) for part in step] for step in plan]]
+        )
         for place, step in enumerate(plan):
             count = max(len(own[place]) for own in sizes)  # every rank does as many passes as the busiest
             if self.ranks.count > 1:
                 count = max(count, 1)  # gradients are exchanged on the last pass of an optimizer step, so there is one
             micro_batches = []
             for number in range(count):
-                group = step[number] if number < len(step) else []
-                size = max((own[place][number] for own in sizes if number < len(own[place])), default=1)
-                micro = collate(group, [weights[id(row)] for row in group], self._tokenizer.pad_token_id, size)
-                ids = [row.prompt_ids + row.completion_ids for row in group]
+                part = step[number] if number < len(step) else Pass()
+                everywhere = [own[place][number] for own in sizes if number < len(own[place])]
+                size = max((rows for rows, _ in everywhere), default=1)
+                values = [weights[id(row)] for row in part.rows]
+                micro = collate(part.rows, values, self._tokenizer.pad_token_id, size)
+                ids = [row.prompt_ids + row.completion_ids for row in part.rows]
                 self._computed_tokens[0] += sum(map(len, ids))
-                self._computed_tokens[1] += self._scorer.positions([*ids, *[[0, 0]] * (size - len(ids))])
+                self._computed_tokens[1] += part.grown + self._scorer.positions(
+                    [*ids, *[[0, 0]] * (size - len(ids))],
+                    part.stem,
+                    joined=number > 0 and number <= len(step) and bool(step[number - 1].stem),
+                )
+                micro["stem_ids"] = torch.tensor(part.stem, dtype=torch.long)
+                micro["stem_pass"] = torch.tensor(any(grown for _, grown in everywhere))
                 micro = {key: value.to(self.args.device) for key, value in micro.items()}
                 if reused:
                     micro["old_per_token_logps"] = micro["sampling_per_token_logps"]

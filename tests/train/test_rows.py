@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from memfactory.episode import Episode, StopReason, Task, Turn
 from memfactory.policy.prefix_sharing import unique_ids
-from memfactory.train.rows import PASS, SCORED, Row, build_rows, collate, cut, cut_shared, deal, loss_weights
+from memfactory.train.passes import PASS, SCORED, cut, cut_shared, deal
+from memfactory.train.rows import Row, build_rows, collate, loss_weights
 
 TASK = Task("t", (), ())
 token = st.integers(0, 3)  # few ids, so that prefixes coincide by chance too
