@@ -24,7 +24,7 @@ from memfactory.evaluate.report_compare import points, recipe_differences, resul
 from memfactory.evaluate.report_episodes import COLUMNS, Packed, plain_json, sample_episodes
 from memfactory.evaluate.report_numbers import facts, results
 from memfactory.evaluate.report_rewards import wanted_episodes
-from memfactory.evaluate.report_source import Source, read_source, tell_apart
+from memfactory.evaluate.report_source import JUDGE, Source, read_source, tell_apart
 
 _PAGE = Path(__file__).parent / "page"
 SCRIPTS = ("dom", "store", "plot", "curves", "rewards", "diff", "pareto", "episode", "browser", "start")
@@ -67,9 +67,16 @@ def render(sources: Sequence[Source]) -> str:
     script = "".join((_PAGE / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
     data = {
         "sources": [
-            {"name": source.name, "kind": source.kind, "metrics": source.metrics, "rewards": source.rewards}
+            {
+                "name": source.name,
+                "kind": source.kind,
+                "metrics": source.metrics,
+                "rewards": source.rewards,
+                "judged": source.evaluation.judged if source.evaluation else {},
+            }
             for source in sources
         ],
+        "judge": JUDGE,
         "points": points(sources),
         "dimensions": packed.dimensions,
         "columns": COLUMNS,

@@ -30,10 +30,12 @@ _REPEATED = 24
 _LEFT_OUT = {"prompt_ids", "completion_ids", "logprobs", "prefix_key", "policy_version", "choice"}
 
 COLUMNS = (
-    *("source", "split", "step", "id", "group", "task", "question", "gold", "answer", "reward", "advantage", "scores"),
-    *("tokens", "turns", "errors", "cut", "failed", "candidate", "mode", "sample", "block", "place"),
+    *("source", "split", "step", "id", "group", "task", "question", "gold", "answer", "reward", "advantage"),
+    *("scores", "unmeasured", "tokens", "turns", "errors", "cut", "failed"),
+    *("candidate", "mode", "sample", "block", "place"),
 )
-"""Fields of a line of the index. `scores` are in the order of :attr:`Packed.dimensions`, None where not measured."""
+"""Fields of a line of the index. `scores` are in the order of :attr:`Packed.dimensions`, None where there is none, and
+`unmeasured` are the places of those that were asked for and could not be measured."""
 
 
 @dataclass
@@ -77,6 +79,9 @@ class Packed:
             "gold": _joined(answer for probe in probes for answer in probe["answers"]),
             "answer": _joined(answer["text"] or "" for answer in record["answers"]),
             "scores": [_rounded(scores[name]["value"]) if name in scores else None for name in self.dimensions],
+            "unmeasured": [
+                k for k, name in enumerate(self.dimensions) if name in scores and scores[name]["value"] is None
+            ],
             "tokens": sum(turn["prompt_tokens"] + turn["completion_tokens"] for turn in turns),
             "turns": len(turns),
             "errors": sum(bool(turn["error"]) for turn in turns),

@@ -14,6 +14,9 @@ from memfactory.evaluate.report_numbers import Lines, curves
 from memfactory.evaluate.report_rewards import summarise_rewards
 from memfactory.runs import SCHEMA_VERSION, Record, RunFolder
 
+JUDGE = "answer.correct_judge"
+"""The dimension in which `memfactory eval --judge` puts a judge's verdict on the answers that the metric measures."""
+
 
 class EvaluationRow(BaseModel):
     """A row of ``evaluation.json``: one candidate on one suite, see ``docs/evaluation.md``."""
@@ -26,6 +29,8 @@ class EvaluationRow(BaseModel):
     tasks: int
     episodes: int
     failed: int
+    faults: dict[str, int] = {}
+    """Measurements that failed, by whose fault it was."""
     metric: str
     mean: float | None
     low: float | None
@@ -40,6 +45,8 @@ class EvaluationRow(BaseModel):
     peak_context: int
     dimensions: dict[str, float | None] = {}
     categories: dict[str, float] = {}
+    judge: dict[str, float | None] = {}
+    """``mean``, ``disagree`` and ``kappa``; empty where no judge was asked."""
 
 
 class Evaluation(BaseModel):
@@ -54,6 +61,11 @@ class Evaluation(BaseModel):
     suites: list[Record] = []
     rows: list[EvaluationRow]
     notes: list[str] = []
+
+    @property
+    def judged(self) -> dict[str, str]:
+        """By suite that a judge was asked about, the rule that its verdicts stand beside."""
+        return {row.suite: row.metric for row in self.rows if row.judge}
 
 
 @dataclass

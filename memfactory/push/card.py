@@ -57,6 +57,7 @@ def make_card(pushed: Pushed, *, repo: str | None = None, license: str | None = 
         steps=pushed.summary.get("steps"),
         settings=[(key, value) for key, value in flat(recipe.train).items()],
         before_after=_before_after(pushed),
+        head=_head(pushed),
         evaluation=_table(pushed),
         notes=[cell(note) for note in pushed.evaluation.notes] if pushed.evaluation else [],
         versions=list((pushed.summary.get("versions") or {}).items()),
@@ -112,21 +113,38 @@ def _result(row: EvaluationRow) -> EvalResult:
     )
 
 
+_HEAD = ("suite", "model", "drawn", "tasks", "metric", "mean [95 %]", "tokens")
+
+
+def _head(pushed: Pushed) -> list[str]:
+    """Columns of the table; those of a judge and of failures only where there is something in them."""
+    rows = pushed.evaluation.rows if pushed.evaluation else []
+    judged, failed = any(row.judge for row in rows), any(row.failed or row.faults for row in rows)
+    return [*_HEAD, *(("judge", "disagree") if judged else ()), *(("failed", "faults") if failed else ())]
+
+
 def _table(pushed: Pushed) -> list[list[str]]:
     """Every row of the evaluation: the base and baselines are what the numbers are to be read against."""
+    head = _head(pushed)
+    return [[cells[name] for name in head] for cells in _cells(pushed)]
+
+
+def _cells(pushed: Pushed) -> Iterable[dict[str, str]]:
     own = candidates(pushed.evaluation, pushed.fingerprint) if pushed.evaluation else []
-    return [
-        [
-            cell(row.suite),
-            f"**{cell(row.candidate)}**" if row.candidate in own else cell(row.candidate),
-            row.mode,
-            str(row.tasks),
-            cell(row.metric),
-            f"{shown_number(row.mean)} [{shown_number(row.low)}, {shown_number(row.high)}]",
-            f"{row.tokens:.0f}",
-        ]
-        for row in (pushed.evaluation.rows if pushed.evaluation else [])
-    ]
+    for row in pushed.evaluation.rows if pushed.evaluation else []:
+        yield {
+            "suite": cell(row.suite),
+            "model": f"**{cell(row.candidate)}**" if row.candidate in own else cell(row.candidate),
+            "drawn": row.mode,
+            "tasks": str(row.tasks),
+            "metric": cell(row.metric),
+            "mean [95 %]": f"{shown_number(row.mean)} [{shown_number(row.low)}, {shown_number(row.high)}]",
+            "tokens": f"{row.tokens:.0f}",
+            "judge": shown_number(row.judge.get("mean")),
+            "disagree": shown_number(row.judge.get("disagree")),
+            "failed": f"{row.failed} of {row.episodes}",
+            "faults": ", ".join(f"{cell(fault)} {number}" for fault, number in row.faults.items()) or "–",
+        }
 
 
 def _before_after(pushed: Pushed) -> list[tuple[str, str, str]]:

@@ -17,7 +17,7 @@ from memfactory.errors import DataError
 from memfactory.evaluate.report import write_report
 from memfactory.evaluate.report_compare import points, recipe_differences
 from memfactory.evaluate.report_episodes import COLUMNS, Packed, sample_episodes
-from memfactory.evaluate.report_source import read_evaluation, read_source
+from memfactory.evaluate.report_source import JUDGE, read_evaluation, read_source
 from memfactory.runs import Record, RunFolder, episode_record
 from tests.evaluate.pages import ATTACK, ESCAPED, dom, driven, make_episode, make_run, plain, rows
 
@@ -260,3 +260,97 @@ def test_an_episode_that_failed_is_found_by_its_fault(chromium: str, tmp_path: P
     assert listed(body) == ["n/a"]
     assert "It could not be run to its end. service: the endpoint did not <b>answer</b>" in plain(body)
     assert "never asked" in body
+
+
+def judged_evaluation(path: Path) -> Path:
+    """An evaluation with a judge beside the rule: they differ on the second episode of `base`; one episode of `small`
+    was not run, and of `large` the judge did not speak about one and one turn was not usable."""
+    make_evaluation(path)
+    told = json.loads((path / "evaluation.json").read_text())
+    told["rows"][0]["judge"] = {"mean": 0.25, "disagree": 1 / 3, "kappa": 0.4}
+    told["rows"][1] |= {
+        "failed": 1,
+        "faults": {"service": 1},
+        "judge": {"mean": None, "disagree": None, "kappa": None},
+    }
+    told["rows"][2] |= {"faults": {"judge": 1, "model": 2}}
+    (path / "evaluation.json").write_text(json.dumps(told))
+    lines = [json.loads(line) for line in (path / "episodes.jsonl").read_text().splitlines()]
+    for number, line in enumerate(lines):
+        rule = float(number % 3 == 0)
+        verdict = {0: 0.75, 1: 1.0, 2: 0.25}[number % 3]
+        line["scores"] = {"answer.exact_match": {"value": rule, "reason": ""}, JUDGE: {"value": verdict, "reason": ""}}
+        for turn in line["turns"]:
+            turn["error"] = ""
+    service, silent, unusable = lines[3], lines[7], lines[8]
+    reason = {"value": None, "reason": "the episode was not run to its end"}
+    service |= {"failed": "service: no <b>answer</b>", "turns": [], "answers": []}
+    service["scores"] = dict.fromkeys(service["scores"], reason)
+    silent["scores"][JUDGE] = {"value": None, "reason": "the judge was silent"}
+    unusable["turns"][0]["error"] = "the text has no <memory> block"
+    (path / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_the_judge_that_the_report_looks_for_is_the_one_that_an_evaluation_asks() -> None:
+    assert pytest.importorskip("memfactory.evaluate.job").VERDICT == JUDGE
+
+
+@pytest.mark.browser
+def test_the_judge_stands_beside_the_rule_and_failures_by_fault(chromium: str, tmp_path: Path) -> None:
+    page = write_report(judged_evaluation(tmp_path / "ev"))
+    body = dom(chromium, page, tmp_path)
+    head, *table = rows(body, "evaluation")
+    heads = [plain(markup) for _, markup in head]
+    shown = [dict(zip(heads, [plain(m) for _, m in row], strict=True)) for row in table if len(row) == len(heads)]
+    assert heads.index("Judge") == heads.index("95 %") + 1
+    assert [(row["Judge"], row["They disagree on"]) for row in shown] == [
+        ("0.250", "33.3% κ 0.40"),
+        ("–", "–"),
+        ("–", "–"),
+        ("–", "–"),
+    ]
+    assert [row["Faults"] for row in shown] == ["–", "service 1", "judge 1, model 2", "–"]
+    assert re.search(rf'<td colspan="{len(heads)}">By category', body)
+    # the episode that is open is the first of the first candidate
+    assert '<dt>Rule and judge</dt><dd>agree: <span>answer.exact_match</span> <b title="1">1</b>' in body
+
+    differing = dom(chromium, driven(page, choose(filter="judge")), tmp_path)
+    assert "1 of 3 episodes" in differing
+    assert "Rule and judgedisagree: answer.exact_match 0, answer.correct_judge 1" in plain(differing)
+    # what episodes are sorted by is the disagreement of these two
+    apart = dom(chromium, driven(page, choose(sort="apart")), tmp_path)
+    assert listed(apart) == ["0.750", "0.500", "0.250"]
+
+
+def test_an_evaluation_without_judge_and_faults_has_no_columns_of_them(tmp_path: Path) -> None:
+    page = write_report(make_evaluation(tmp_path / "ev")).read_text(encoding="utf-8")
+    table = page[page.index('<table class="evaluation">') : page.index("</table>")]
+    assert ">Judge<" not in table
+    assert ">Faults<" not in table
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    ("candidate", "fault", "tasks"),
+    [
+        ("small", "is service", ["0"]),
+        ("small", "none", ["1", "2"]),
+        ("large", f"is not measured: {JUDGE}", ["1"]),
+        ("large", "is model", ["2"]),
+        ("large", "none", ["0"]),
+        ("large", "", ["0", "1", "2"]),
+    ],
+)
+def test_episodes_are_filtered_by_fault(
+    chromium: str, tmp_path: Path, candidate: str, fault: str, tasks: list[str]
+) -> None:
+    page = write_report(judged_evaluation(tmp_path / "ev"))
+    body = dom(chromium, driven(page, choose(candidate=candidate, fault=fault)), tmp_path)
+    assert f"{len(tasks)} of 3 episodes" in body
+    offered = body[body.index('<select id="fault">') :]
+    offered = offered[: offered.index("</select>")]
+    expected = {"small": ["service (1)", "none (2)"], "large": [f"not measured: {JUDGE} (1)", "model (1)", "none (1)"]}
+    assert set(expected[candidate]) < set(re.findall(r">([^<]+)</option>", offered))
+    episode = body[body.index('<article id="episode">') :]
+    assert f"<dd>task-{tasks[0]}#0</dd>" in episode

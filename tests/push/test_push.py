@@ -162,6 +162,23 @@ def test_the_card_has_the_table_of_an_evaluation_and_valid_yaml(tmp_path: Path) 
         push(run.path, output=tmp_path / "again", evaluation=other)
 
 
+def test_the_card_shows_the_judge_and_what_failed(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    evaluation = make_evaluation(tmp_path / "ev", find_pushed(run.path).fingerprint)
+    file = evaluation / "evaluation.json"
+    told = json.loads(file.read_text())
+    told["rows"][1] |= {"judge": {"mean": 0.625, "disagree": 0.125, "kappa": None}, "failed": 1}
+    told["rows"][1] |= {"faults": {"service": 1, "judge": 2}}
+    file.write_text(json.dumps(told))
+    push(run.path, output=tmp_path / "hub", evaluation=evaluation)
+    text = (tmp_path / "hub" / "README.md").read_text(encoding="utf-8")
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    head = next(row for row in table if "suite" in row)
+    own = dict(zip(head, next(row for row in table if "**boats**" in row), strict=True))
+    assert (own["judge"], own["disagree"]) == ("0.625", "0.125")
+    assert (own["failed"], own["faults"]) == ("1 of 8", "service 1, judge 2")
+
+
 def test_datasets_of_the_hub_are_named(tmp_path: Path) -> None:
     from memfactory.push.card import hub_datasets
 

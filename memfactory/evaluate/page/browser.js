@@ -6,11 +6,25 @@ const FILTERS = {
   positive: (entry) => entry.reward > 0,
   zero: (entry) => entry.reward !== null && entry.reward <= 0,
   unmeasured: (entry) => entry.reward === null,
-  score: (entry) => Object.values(entry.scores).includes(null),
+  score: (entry) => entry.unmeasured.length > 0,
   failed: (entry) => entry.failed !== "",
   error: (entry) => entry.errors > 0,
   length: (entry) => entry.cut > 0,
+  judge: (entry) => { const pair = verdictsOf(entry); return pair !== null && pair.rule >= 0.5 !== pair.judge >= 0.5; },
 };
+
+/** What the rule and the judge made of the same answers; null where one of them did not speak. */
+function verdictsOf(entry) {
+  const metric = data.sources[entry.source].judged[entry.split];
+  const [rule, judge] = [entry.scores[metric] ?? null, entry.scores[data.judge] ?? null];
+  return metric === undefined || rule === null || judge === null ? null : { metric, rule, judge };
+}
+
+/** What went wrong in an episode: whose fault it was that it could not be run, or else what was not usable of it. */
+function faultsOf(entry) {
+  if (entry.failed !== "") return [entry.failed.split(": ")[0]];
+  return [...(entry.errors ? ["model"] : []), ...entry.unmeasured.map((k) => `not measured: ${data.dimensions[k]}`)];
+}
 const CHUNK = 100; // entries of the list that are made at a time, as one scrolls
 
 /** The runs of episodes that are comparable by rank: of one source, split, candidate and mode. */
@@ -79,9 +93,9 @@ function fits(entry, wanted) {
 }
 
 function startBrowser() {
-  const names = ["source", "split", "candidate", "mode", "step", "filter", "sort", "way", "find", "measure", "bound", "limit", "a", "b"];
+  const names = ["source", "split", "candidate", "mode", "step", "filter", "fault", "sort", "way", "find", "measure", "bound", "limit", "a", "b"];
   const control = Object.fromEntries(names.map((name) => [name, byId(name)]));
-  const { step, filter, sort, way, find, measure, bound, limit, a, b } = control;
+  const { step, filter, fault, sort, way, find, measure, bound, limit, a, b } = control;
   const unique = (values) => [...new Set(values)];
   const options = (select, pairs) => select.replaceChildren(...pairs.map(([value, text]) => el("option", { value }, String(text))));
   const same = (values) => values.map((value) => [value, value]);
@@ -105,7 +119,30 @@ function startBrowser() {
     options(step, [...same(steps), ...(steps.length > 1 ? [["all", "all"]] : [])]);
     step.value = [...steps.map(String), "all"].includes(wanted) && (wanted !== "all" || steps.length > 1) ? wanted : String(steps.at(-1));
     step.closest(".stepper").hidden = steps.length < 2 && steps[0] === 0;
+    listFaults();
     listEpisodes();
+  }
+
+  /** Offer the faults that there are in what was chosen, the most frequent first. */
+  function listFaults() {
+    const before = fault.value, counts = new Map();
+    let without = 0;
+    for (const entry of at(PLACES.length)) {
+      const own = faultsOf(entry);
+      if (!own.length) without += 1;
+      for (const name of own) counts.set(name, (counts.get(name) ?? 0) + 1);
+    }
+    const ordered = [...counts].sort(([, x], [, y]) => y - x);
+    options(fault, [["", "any or none"], ["none", `none (${without})`], ...ordered.map(([name, count]) => [`is ${name}`, `${name} (${count})`])]);
+    if ([...fault.options].some(({ value }) => value === before)) fault.value = before;
+    fault.closest("label").hidden = !counts.size;
+  }
+
+  /** Whether the fault that was chosen came up in `entry`. */
+  function faulty(entry) {
+    if (fault.value === "") return true;
+    const own = faultsOf(entry);
+    return fault.value === "none" ? !own.length : own.some((name) => fault.value === `is ${name}`);
   }
 
   /** Open the episode that the address names, if it names one. */
@@ -114,7 +151,7 @@ function startBrowser() {
     const entry = entries.find((one) => one.id && hashOf(one) === location.hash);
     if (!entry) return;
     for (const [k, name] of PLACES.entries()) { control[name].value = String(entry[name]); listPlaces(k + 1); }
-    [filter.value, find.value, limit.value, step.value] = ["all", "", "", String(entry.step)];
+    [filter.value, fault.value, find.value, limit.value, step.value] = ["all", "", "", "", String(entry.step)];
     listEpisodes(entry);
     byId("episodes").scrollIntoView();
     byId("list").querySelector("[aria-current]").focus({ preventScroll: true });
@@ -127,7 +164,7 @@ function startBrowser() {
     const edge = limit.value === "" ? null : Number(limit.value);
     const bounded = edge === null ? null : valueOf(measure.value);
     const inside = (value) => Number.isFinite(value) && (bound.value === "least" ? value >= edge : value <= edge);
-    found = here.filter((entry) => FILTERS[filter.value](entry) && (!wanted || fits(entry, wanted)) && (!bounded || inside(bounded(entry))));
+    found = here.filter((entry) => FILTERS[filter.value](entry) && faulty(entry) && (!wanted || fits(entry, wanted)) && (!bounded || inside(bounded(entry))));
     let shown = (entry) => entry.reward;
     if (sort.value !== "logged") {
       shown = valueOf(sort.value);
@@ -182,9 +219,12 @@ function startBrowser() {
   options(a, same(data.dimensions));
   options(b, same(data.dimensions));
   if (data.dimensions.length > 1) b.selectedIndex = 1;
+  const judged = data.sources.flatMap((source) => Object.values(source.judged));
+  if (judged.length && data.dimensions.includes(data.judge)) [a.value, b.value] = [judged[0], data.judge];
+  else filter.querySelector("[value=judge]").remove();
   for (const select of [a, b]) select.closest("label").hidden = data.dimensions.length < 2;
   PLACES.forEach((name, k) => control[name].addEventListener("change", () => listPlaces(k + 1)));
-  for (const name of ["step", "filter", "sort", "way", "measure", "bound", "a", "b"]) control[name].addEventListener("change", () => listEpisodes());
+  for (const name of ["step", "filter", "fault", "sort", "way", "measure", "bound", "a", "b"]) control[name].addEventListener("change", () => listEpisodes());
   for (const name of ["find", "limit"]) control[name].addEventListener("input", () => listEpisodes());
   byId("step-back").addEventListener("click", () => move(-1));
   byId("step-on").addEventListener("click", () => move(1));

@@ -90,6 +90,7 @@ async function showEpisode(entry) {
   const fact = (label, ...content) => el("div", {}, el("dt", {}, label), el("dd", {}, ...content));
   const { rewards, name, kind } = data.sources[entry.source];
   const credited = kind === "run"; // an evaluation has no advantages
+  const verdicts = verdictsOf(entry);
   const apart = (rewards?.disagreements ?? []).find((item) => disagreeing(item, entry.source) === entry);
   target.replaceChildren(
     ...probes,
@@ -103,6 +104,8 @@ async function showEpisode(entry) {
       fact("Task", entry.task),
       entry.group ? fact("Group", entry.group) : null,
       entry.id ? fact("Episode", entry.id) : null,
+        verdicts ? fact("Rule and judge", FILTERS.judge(entry) ? "disagree: " : "agree: ", ...scoreOf({ name: verdicts.metric, value: verdicts.rule }),
+        ", ", ...scoreOf({ name: data.judge, value: verdicts.judge })) : null,
       apart ? fact("Dimensions disagree", "high: ", ...scoreOf(apart.high), ", low: ", ...scoreOf(apart.low)) : null),
     scoreTable(episode.scores) ?? "",
     el("ol", { className: "turns" }, episode.turns.map((turn, number) => turnCard(turn, number, episode, credited))));
