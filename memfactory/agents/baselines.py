@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from memfactory.episode import Answer, Episode, Probe, Retrieved, Task
 from memfactory.errors import DataError, EngineError, RecipeError
 from memfactory.memory.entries import Entry
 from memfactory.policy.base import Policy
+from memfactory.recipe import nearest
 from memfactory.search.bm25 import BM25Searcher
 
 _TEMPLATE = 64
@@ -29,6 +30,19 @@ class Baseline(StrEnum):
     """The chunks that BM25 finds for the question."""
     ORACLE = "oracle"
     """The evidence, as the dataset marks it: what a perfect memory would hold."""
+
+
+def chosen(names: Sequence[str], *, every: bool = False) -> list[Baseline]:
+    """The baselines called `names`, or `every` one.
+
+    Raises:
+        RecipeError: there is none of a name.
+    """
+    known = [kind.value for kind in Baseline]
+    for name in names:
+        if name not in known:
+            raise RecipeError(f"--baseline {name}: there is none", "", nearest(name, known))
+    return [kind for kind in Baseline if every or kind.value in names]
 
 
 class Answering(Protocol):
@@ -59,7 +73,7 @@ class BaselineAgent:
             raise RecipeError(
                 f"baselines: {type(self.agent).__name__} has no `answer_state`",
                 "a baseline asks the agent's own answering module",
-                "give the agent `answer_state(task, probe, texts)`, or leave out --baselines",
+                "give the agent `answer_state(task, probe, texts)`, or leave out --baselines and --baseline",
             )
 
     @property
@@ -98,7 +112,7 @@ class BaselineAgent:
         if self.kind is Baseline.ORACLE:
             if not probe.evidence:
                 raise DataError(
-                    f"task {task.id}", "its dataset marks no evidence", "leave this baseline out for this suite"
+                    f"task {task.id}", "its dataset marks no evidence", "leave the task out, see `answerable`"
                 )
             return list(dict.fromkeys(evidence.text for evidence in probe.evidence))
         pieces = list(read)
@@ -132,6 +146,23 @@ class BaselineAgent:
                 break
             kept.append(text)
         return kept
+
+
+def answerable(kind: Baseline, tasks: Sequence[Task]) -> list[Task]:
+    """`tasks` with those of their questions that `kind` has something to answer from; a task without one is left out.
+
+    The evidence is there where the dataset marks it, the whole and what BM25 finds where there is something to read.
+    """
+    if kind is Baseline.NO_MEMORY:
+        return list(tasks)
+    if kind is not Baseline.ORACLE:
+        return [task for task in tasks if task.stream]
+    found = []
+    for task in tasks:
+        probes = tuple(probe for probe in task.probes if probe.evidence)
+        if probes:
+            found.append(task if len(probes) == len(task.probes) else replace(task, probes=probes))
+    return found
 
 
 def _without_middle(text: str, room: int, policy: Policy) -> str:

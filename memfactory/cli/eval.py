@@ -46,6 +46,10 @@ def evaluate(
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Also full context, no memory, BM25 and the evidence itself.")
     ] = False,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option("--baseline", help="One of them: full_context, no_memory, bm25, oracle; several may be given."),
+    ] = None,
     judge: Annotated[
         bool, typer.Option("--judge", help="Also ask the recipe's judge, and show where it disagrees.")
     ] = False,
@@ -59,6 +63,9 @@ def evaluate(
     context: Annotated[
         int | None, typer.Option("--context", min=1, help="Tokens that --endpoint takes, for --baselines.")
     ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Run every episode again, and take none from the evaluation folder.")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option("--output", help="Evaluation folder. Absent: evals/NAME of the recipe.")
     ] = None,
@@ -71,6 +78,7 @@ def evaluate(
     What was run before with the same weights and settings is taken from the evaluation folder: the same command again
     goes on after a stop, and another checkpoint or suite runs only what is new.
     """
+    from memfactory.agents.baselines import chosen
     from memfactory.evaluate.folder import EvalFolder
     from memfactory.evaluate.job import Asked, run_evaluation
     from memfactory.evaluate.table import terminal_table
@@ -84,12 +92,13 @@ def evaluate(
         suites=suite or [],
         samples=samples,
         tasks=tasks,
-        baselines=baselines,
+        baselines=chosen(baseline or [], every=baselines),
         judge=judge,
         base=base,
         endpoint=endpoint,
         model=model,
         context=context,
+        fresh=fresh,
     )
     with progress_bar(console) as progress:
         done = run_evaluation(asked, output, progress)
@@ -99,3 +108,5 @@ def evaluate(
     folder = EvalFolder(done.folder)
     console.print(f"{done.ran} episodes run, {done.cached} taken from {folder.episodes_file}", highlight=False)
     console.print(f"written: {folder.path}/table.md, table.csv, evaluation.json, episodes.jsonl", highlight=False)
+    if done.failure is not None:
+        raise done.failure

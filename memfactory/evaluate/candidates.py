@@ -60,7 +60,7 @@ def find_candidates(recipe: Recipe, paths: Sequence[Path], *, base: bool = True)
     every = [own] if base or not found else []
     for path, folder in zip(paths, found, strict=True):
         every.append(Candidate(_name(path, folder), folder, weights_fingerprint(folder)))
-    return _apart(every)
+    return apart(every)
 
 
 def _checkpoint(path: Path) -> Path:
@@ -101,7 +101,7 @@ def _name(path: Path, folder: Path) -> str:
     return path.name if folder.resolve() == path or folder.name == "model" else f"{path.name}/{folder.name}"
 
 
-def _apart(candidates: list[Candidate]) -> list[Candidate]:
+def apart(candidates: list[Candidate]) -> list[Candidate]:
     """Names made different, where two are the same."""
     seen: dict[str, int] = {}
     named = []

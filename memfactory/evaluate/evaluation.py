@@ -7,22 +7,23 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any, Protocol
 
 from rich.progress import Progress
 
 from memfactory.agents.base import Agent
-from memfactory.agents.baselines import BaselineAgent
+from memfactory.agents.baselines import Baseline, BaselineAgent, answerable
 from memfactory.agents.running import run_episodes
 from memfactory.episode import Episode, Task
 from memfactory.errors import MemFactoryError
 from memfactory.evaluate.candidates import Candidate
-from memfactory.evaluate.folder import EvalFolder, from_record, key_of, to_record
-from memfactory.evaluate.rows import Measured, Mode, Row, compare, row_of
+from memfactory.evaluate.failures import by_fault, too_many
+from memfactory.evaluate.folder import EvalFolder, Place, from_record, key_of, place_of, to_record
+from memfactory.evaluate.rows import Measured, Mode, Row, compare, row_of, scores_on
 from memfactory.evaluate.run import episode_name
 from memfactory.policy.routing import RoutedPolicy
-from memfactory.reward.faults import not_run, whose
+from memfactory.reward.faults import UNMEASURED, not_run
 from memfactory.runs import Record
 
 
@@ -41,7 +42,9 @@ class Plan:
     concurrent: int = 2048
     """Episodes in flight at once; bounds host memory, not results."""
     max_failed_share: float = 0.25
-    """Share of the episodes of one candidate on one suite that may fail before the evaluation stops."""
+    """Share of the episodes of one candidate on one suite that may fail; with more, its row tells no mean."""
+    fresh: bool = False
+    """Run everything, whatever there is already."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,16 @@ class Evaluation:
     """What was measured."""
 
     rows: list[Row] = field(default_factory=list)
-    records: dict[str, Record] = field(default_factory=dict)
-    """Lines of ``episodes.jsonl`` by key: those that were there, and those of now with their scores."""
+    records: dict[Place, Record] = field(default_factory=dict)
+    """Lines of ``episodes.jsonl``: those that were there, and those of now with their scores."""
     ran: int = 0
     """Episodes that were run now; the others were there already."""
     examples: list[str] = field(default_factory=list)
-    """Of measurements that failed, in words."""
+    """Of measurements that failed, in words, each once."""
+    notes: list[str] = field(default_factory=list)
+    """Baselines that were left out of a suite, or asked fewer questions, and why."""
+    failure: MemFactoryError | None = None
+    """Of the first row without a mean because too much failed: what is to be raised once everything is written."""
 
 
 class Load(Protocol):
@@ -77,45 +84,84 @@ class Load(Protocol):
 def evaluate(plan: Plan, load: Load, folder: EvalFolder, progress: Progress) -> Evaluation:
     """Run `plan`: episodes go to `folder` as they are finished, and those that are there already are not run again.
 
-    Raises:
-        MemFactoryError: more than `plan.max_failed_share` of the episodes of a candidate on a suite failed: a mean
-            over the rest would be of other tasks than those asked for.
+    Where more than `plan.max_failed_share` of a candidate's episodes on a suite failed, its row tells no mean, because
+    that would be of other tasks than those asked for; the other rows are as they would be without it.
     """
     cached = folder.cached()
     result = Evaluation(records=dict(cached))
+    known = {} if plan.fresh else {record["key"]: record for record in cached.values()}
+    compared: dict[tuple[str, str], list[Run]] = {}
     for candidate in plan.candidates:
-        runs = list(_runs(plan, candidate))
-        missing = [run for run in runs if run.key not in cached]
+        suites = _suites(plan, candidate, result.notes)
+        runs = list(_runs(plan, candidate, suites))
+        missing = list({run.key: run for run in runs if run.key not in known}.values())
         fresh: dict[str, Episode] = {}
         if missing:
             policy = load(candidate)
             try:
-                fresh = _run(plan, candidate, policy, missing, folder, result.records, progress)
+                fresh = _run(plan, candidate, policy, missing, folder, known, progress)
             finally:
                 policy.close()
             result.ran += len(missing)
-        for suite in plan.suites:
+        for suite in suites:
             for mode in plan.modes:
                 own = [run for run in runs if run.suite is suite and run.mode is mode]
-                episodes = [fresh.get(run.key) or from_record(cached[run.key], run.task) for run in own]
+                # an episode that stands in several places is measured in each on a copy of its own
+                episodes = [
+                    fresh.pop(run.key) if run.key in fresh else from_record(known[run.key], run.task) for run in own
+                ]
                 faults = suite.rewards.begin().finish(episodes)
-                failed = Counter(whose(episode) for episode in episodes if episode.failed)
-                if failed.total() > plan.max_failed_share * len(episodes):
-                    raise not_run(len(episodes), failed, faults.examples)
                 suite.rewards.reward(episodes)
-                result.examples += faults.examples
-                seconds = [result.records[run.key]["seconds"] for run in own]
-                result.rows.append(row_of(candidate.name, suite, mode, episodes, faults, seconds))
+                result.examples += [told for told in faults.examples if told not in result.examples]
+                seconds = [known[run.key]["seconds"] for run in own]
+                row = row_of(candidate.name, suite, mode, episodes, faults, seconds)
+                base = compared.setdefault((suite.name, mode.name), own)
+                if suite not in plan.suites:
+                    row.against = scores_on(suite, [from_record(known[run.key], run.task) for run in base])
+                _check_failures(plan, row, mode, faults.examples, result)
+                result.rows.append(row)
                 for run, episode, spent in zip(own, episodes, seconds, strict=True):
-                    result.records[run.key] = to_record(episode, **_place(run, candidate, spent))
+                    record = to_record(episode, **_place(run, candidate, spent))
+                    result.records[place_of(record)] = record
     compare(result.rows)
     return result
 
 
-def _runs(plan: Plan, candidate: Candidate) -> Iterator[Run]:
-    """All episodes of `candidate`, in the order of suites, modes and tasks."""
+def _check_failures(plan: Plan, row: Row, mode: Mode, examples: Sequence[str], result: Evaluation) -> None:
+    """Leave the mean of `row` out where it would be of too few tasks."""
+    lost = Counter({fault: number for fault, number in row.failures.items() if fault != UNMEASURED})
+    if not too_many(lost.total(), row.episodes, plan.max_failed_share, mode.samples):
+        return
+    row.untell(f"{lost.total()} of {row.episodes} episodes failed: {by_fault(lost)}")
+    if result.failure is None:
+        failure = not_run(row.episodes, lost, examples)
+        where = f"{row.suite}, {row.candidate} ({row.mode})"
+        result.failure = type(failure)(f"{where}: {failure.what}", failure.why, failure.fix)
+
+
+def _suites(plan: Plan, candidate: Candidate, notes: list[str]) -> list[Measured]:
+    """What `candidate` is measured on. A baseline is asked what it has something to answer from; `notes` tell what
+    is left out."""
+    if candidate.baseline is None:
+        return list(plan.suites)
+    found = []
     for suite in plan.suites:
-        content = {id(task): key_of(task) for task in suite.tasks}
+        tasks = answerable(candidate.baseline, suite.tasks)
+        asked, left = (sum(len(task.probes) for task in of) for of in (suite.tasks, tasks))
+        lacks = "the data marks no evidence" if candidate.baseline is Baseline.ORACLE else "there is nothing to read"
+        if not tasks:
+            notes.append(f"{suite.name}: {candidate.name} is left out, {lacks}")
+            continue
+        if left < asked:
+            notes.append(f"{suite.name}: {candidate.name} is of {left} of {asked} questions, {lacks} for the others")
+        found.append(suite if left == asked else replace(suite, tasks=tasks))
+    return found
+
+
+def _runs(plan: Plan, candidate: Candidate, suites: Sequence[Measured]) -> Iterator[Run]:
+    """All episodes of `candidate`, in the order of suites, modes and tasks."""
+    for suite in suites:
+        content = {id(task): _content(task, candidate) for task in suite.tasks}
         for mode in plan.modes:
             asked = [candidate.fingerprint, candidate.baseline, plan.asked, astuple(mode.sampling), plan.seed]
             settings = json.dumps(asked, sort_keys=True)
@@ -125,16 +171,27 @@ def _runs(plan: Plan, candidate: Candidate) -> Iterator[Run]:
                     yield Run(suite, mode, task, sample, hashlib.sha256(told.encode()).hexdigest()[:20])
 
 
+def _content(task: Task, candidate: Candidate) -> str:
+    """What of `task` decides an episode; only one baseline is shown the evidence."""
+    if candidate.baseline is not Baseline.ORACLE:
+        return key_of(task)
+    return key_of(task, [[evidence.text for evidence in probe.evidence] for probe in task.probes])
+
+
 def _run(
     plan: Plan,
     candidate: Candidate,
     policy: RoutedPolicy,
     runs: Sequence[Run],
     folder: EvalFolder,
-    records: dict[str, Record],
+    known: dict[str, Record],
     progress: Progress,
 ) -> dict[str, Episode]:
-    """Episodes of `runs` by key. Tasks, suites and samples that draw in the same way are run together."""
+    """Episodes of `runs` by key. Tasks, suites and samples that draw in the same way are run together.
+
+    Args:
+        known: lines by key; those of the new episodes are added.
+    """
     agent = BaselineAgent(plan.agent, candidate.baseline) if candidate.baseline is not None else plan.agent
     done: dict[str, Episode] = {}
     for mode in plan.modes:
@@ -156,10 +213,10 @@ def _run(
                     episode: Episode, by_name: dict[Any, Run] = by_name, clock: _Clock = clock, bar: Any = bar
                 ) -> None:
                     run = by_name[id(episode.task), episode.id]
-                    records[run.key] = to_record(episode, **_place(run, candidate, clock.lap()))
+                    known[run.key] = to_record(episode, **_place(run, candidate, clock.lap()))
                     done[run.key] = episode
                     if not episode.failed:  # it is tried again the next time
-                        folder.append(records[run.key])
+                        folder.append(known[run.key])
                     progress.advance(bar)
 
                 tasks = [run.task for run in block]

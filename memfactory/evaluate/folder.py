@@ -28,6 +28,9 @@ from memfactory.runs import SCHEMA_VERSION, Record, episode_from_record, episode
 LONG = 65_536
 """Characters of a stream, or of one message, that are kept; of longer ones, the beginning and the end."""
 
+Place = tuple[str, str, str, str]
+"""Candidate, suite, mode and key of a line: no two lines of ``episodes.jsonl`` have the same."""
+
 
 @dataclass(frozen=True)
 class EvalFolder:
@@ -53,14 +56,14 @@ class EvalFolder:
     def evaluation_file(self) -> Path:
         return self.path / "evaluation.json"
 
-    def cached(self) -> dict[str, Record]:
-        """Lines of ``episodes.jsonl`` by key, but for episodes that failed: they are tried again. A torn last line is
+    def cached(self) -> dict[Place, Record]:
+        """Lines of ``episodes.jsonl``, but for episodes that failed: they are tried again. A torn last line is
         left out, and cut off so that lines can follow.
 
         Raises:
             DataError: another line is not readable, or of a newer version.
         """
-        found: dict[str, Record] = {}
+        found: dict[Place, Record] = {}
         if not self.episodes_file.exists():
             return found
         whole = 0
@@ -72,7 +75,7 @@ class EvalFolder:
                     record = json.loads(line)
                     newer = record["schema"] > SCHEMA_VERSION
                     if not newer and not record["failed"]:
-                        found[record["key"]] = record
+                        found[place_of(record)] = record
                 except (ValueError, LookupError, TypeError) as error:
                     raise DataError(
                         f"{self.episodes_file} line {number}", f"not an episode ({error})", "delete the line"
@@ -108,6 +111,12 @@ class EvalFolder:
             for name, text in {**tables, self.evaluation_file.name: told}.items():
                 (self.path / f"{name}.tmp").write_text(text, encoding="utf-8", newline="")
                 os.replace(self.path / f"{name}.tmp", self.path / name)
+
+
+def place_of(record: Record) -> Place:
+    """Where a line stands in the evaluation. Its key says what was run, and may stand in several places: the same
+    weights under two names, a task of two suites."""
+    return record["candidate"], record["split"], record["mode"], record["key"]
 
 
 def key_of(task: Task, *settings: Any) -> str:

@@ -17,7 +17,7 @@ from memfactory.agents.baselines import Baseline, BaselineAgent
 from memfactory.environments.base import Split
 from memfactory.environments.overlap import shared
 from memfactory.errors import MemFactoryError, RecipeError, RecipeErrors
-from memfactory.evaluate.candidates import Candidate, check_candidate, find_candidates
+from memfactory.evaluate.candidates import Candidate, apart, check_candidate, find_candidates
 from memfactory.evaluate.evaluation import Plan, evaluate
 from memfactory.evaluate.folder import EvalFolder
 from memfactory.evaluate.preflight import check_context, positions
@@ -51,13 +51,15 @@ class Asked:
     """Sampled episodes for each task; absent: `eval.samples` of the recipe."""
     tasks: int | None = None
     """At most so many of each suite."""
-    baselines: bool = False
+    baselines: Sequence[Baseline] = ()
     judge: bool = False
     base: bool = True
     endpoint: str | None = None
     model: str | None = None
     context: int | None = None
     """Tokens the endpoint takes."""
+    fresh: bool = False
+    """Run everything again, whatever the folder holds."""
 
 
 @dataclass
@@ -71,6 +73,8 @@ class Done:
     cached: int
     notes: list[str] = field(default_factory=list)
     examples: list[str] = field(default_factory=list)
+    failure: MemFactoryError | None = None
+    """What is to be raised now that everything is written: too much of a candidate failed."""
 
 
 def run_evaluation(asked: Asked, output: Path | None, progress: Progress) -> Done:
@@ -78,7 +82,8 @@ def run_evaluation(asked: Asked, output: Path | None, progress: Progress) -> Don
 
     Raises:
         RecipeErrors: everything that is wrong with recipe and suites.
-        MemFactoryError: a checkpoint does not fit, a file is missing, or too much failed.
+        MemFactoryError: a checkpoint does not fit, or a file is missing. What fails while it runs is in the table and
+            in :attr:`Done.failure`.
     """
     own = not asked.suites or OWN in asked.suites
     prepared = prepare(asked.recipe, asked.overrides, splits=(Split.TEST,) if own else ())
@@ -109,7 +114,10 @@ def run_evaluation(asked: Asked, output: Path | None, progress: Progress) -> Don
             done = Done(f"{prepared.recipe.name}: evaluation", folder.path, rows, found.ran, 0)
             done.cached = sum(row.episodes for row in rows) - found.ran
             done.notes = notes + [f"{suite.name}: {suite.differs}" for suite in suites if suite.differs]
-            done.examples = found.examples
+            done.notes += found.notes
+            where = [(f"{row.suite}, {row.candidate} ({row.mode})", row.reason) for row in rows]
+            done.notes += [f"{place}: no mean, {reason}" for place, reason in where if reason]
+            done.examples, done.failure = found.examples, found.failure
             settings = _settings(prepared, plan)
             notes = [*done.notes, *done.examples]
             told = {
@@ -159,9 +167,10 @@ def _candidates(prepared: Prepared, asked: Asked, section: PolicySection | None)
         found = find_candidates(prepared.recipe, asked.checkpoints, base=asked.base)
     if section is not None:
         found.append(Candidate(str(section.model), None, _address(section)))
+        found = apart(found)
     if asked.baselines:
         # of the first, and so of the same weights that the others are compared with
-        kinds = [found[0].as_baseline(kind) for kind in Baseline]
+        kinds = [found[0].as_baseline(kind) for kind in asked.baselines]
         BaselineAgent(prepared.agent, Baseline.NO_MEMORY)  # raises where the agent has no such thing
         found += kinds
     return found
@@ -264,6 +273,7 @@ def _plan(prepared: Prepared, asked: Asked, candidates: Sequence[Candidate], sui
         seed=recipe.seed,
         asked=[stored[name] for name in ("agent", "modules", "policies")] + [recipe.model.dtype],
         max_failed_share=recipe.rollout.max_failed_share,
+        fresh=asked.fresh,
     )
 
 

@@ -9,6 +9,7 @@ from memfactory.agents.base import Agent
 from memfactory.agents.memagent import MemAgent
 from memfactory.errors import DataError, EngineError, RecipeError
 from memfactory.evaluate.candidates import Candidate
+from memfactory.evaluate.failures import too_many
 from memfactory.evaluate.rows import Measured
 from memfactory.modules import WriteState
 from memfactory.policy.models import locate
@@ -86,7 +87,7 @@ def check_context(
         if refused:
             first = refused[0]
             what = f"{suite.name}: {len(refused)} of {len(suite.tasks)} tasks are refused, first {first.what}"
-            if len(refused) > max_failed_share * len(suite.tasks):
+            if too_many(len(refused), len(suite.tasks), max_failed_share):
                 raise DataError(what, first.why, first.fix)
             notes.append(f"{what}: {first.why}")
         if isinstance(agent, MemAgent) and limit is not None and longest[0]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -12,7 +12,7 @@ from memfactory.episode import Episode, Task
 from memfactory.evaluate.retention import capture_and_retention
 from memfactory.evaluate.statistics import best_of, interval, kappa, levels, paired_difference
 from memfactory.policy.base import Sampling
-from memfactory.reward.faults import Faults
+from memfactory.reward.faults import Faults, whose
 from memfactory.reward.measure import measure
 from memfactory.reward.system import RewardSystem
 
@@ -77,8 +77,12 @@ class Row:
     categories: dict[str, float]
     """Mean of the metric by `Probe.category`, as the dataset numbers it."""
     judge: dict[str, float | None] = field(default_factory=dict)
-    """``mean`` of its verdicts, ``disagree``: share of episodes where verdict and metric are on different sides of
-    1/2, ``kappa``: Cohen's. Empty where no judge was asked."""
+    """``mean`` of its verdicts, ``failed``: episodes without one, ``disagree``: share of episodes where verdict and
+    metric are on different sides of 1/2, ``kappa``: Cohen's. Empty where no judge was asked."""
+    failures: dict[str, int] = field(default_factory=dict)
+    """The `failed` episodes by whose fault it was."""
+    reason: str = ""
+    """Why there is no mean; empty where there is one."""
     difference: float | None = None
     """Mean of this candidate's score less the first one's, over the tasks both have; None for the first."""
     difference_low: float | None = None
@@ -87,12 +91,21 @@ class Row:
     """Score of each task, mean over its samples; not written."""
     weights: dict[str, int] = field(default_factory=dict)
     """Questions of each task, by which they count in the mean; not written."""
+    against: dict[str, float] | None = None
+    """Score of each task by the first candidate on the same questions, where this one was asked fewer; not written."""
 
     def record(self) -> dict[str, Any]:
         """As JSON holds it."""
-        told = asdict(replace(self, by_task={}, weights={}))
-        del told["by_task"], told["weights"]
+        told = asdict(replace(self, by_task={}, weights={}, against=None))
+        del told["by_task"], told["weights"], told["against"]
         return told
+
+    def untell(self, reason: str) -> None:
+        """Leave out what is concluded from the scores: they are too few, or of other tasks than those asked for."""
+        self.reason = reason
+        self.mean = self.low = self.high = None
+        self.pass_at, self.categories, self.by_task, self.judge = {}, {}, {}, {}
+        self.dimensions = dict.fromkeys(self.dimensions)
 
 
 def row_of(
@@ -110,6 +123,8 @@ def row_of(
     bounds = _bounds(suite)
     found = interval(list(by_task.values()), bounds, list(weights.values()))
     ran = [episode for episode in episodes if not episode.failed]
+    unscored = [episode for episode in episodes if _score(episode, suite.metric) is None]
+    failures = Counter(whose(episode) or faults.fault_of(suite.metric) for episode in unscored)
     sizes = [[sum(turn.tokens) for turn in episode.turns] for episode in ran]
     dimensions = {name: _mean(_score(episode, name) for episode in ran) for name in _names(suite)}
     capture, retain = capture_and_retention(ran)
@@ -120,7 +135,7 @@ def row_of(
         mode=mode.name,
         tasks=len(suite.tasks),
         episodes=len(episodes),
-        failed=sum(_score(episode, suite.metric) is None for episode in episodes),
+        failed=failures.total(),
         faults={str(name): number for name, number in faults.count.items()},
         metric=suite.metric,
         mean=found.mean if found else None,
@@ -134,6 +149,7 @@ def row_of(
         dimensions=dimensions | {name: value for name, value in kept.items() if value is not None},
         categories=_by_category(ran, suite),
         judge=_judged(ran, suite),
+        failures=dict(failures),
         by_task=by_task,
         weights=weights,
     )
@@ -146,9 +162,33 @@ def compare(rows: Sequence[Row]) -> None:
         base = first.setdefault((row.suite, row.mode), row)
         if base is row:
             continue
-        found = paired_difference(row.by_task, base.by_task, row.weights)
+        found = paired_difference(row.by_task, base.by_task if row.against is None else row.against, row.weights)
         if found is not None:
             row.difference, row.difference_low, row.difference_high = found.mean, found.low, found.high
+
+
+def scores_on(suite: Measured, episodes: Sequence[Episode]) -> dict[str, float]:
+    """Score of each task, mean over its samples, as if only the questions of `suite` had been asked.
+
+    Args:
+        episodes: of the same tasks, with at least those questions. Empty where the metric is a judge's: each of its
+            verdicts costs.
+    """
+    metric = [w for w in suite.rewards.dimensions if w.name == suite.metric and not w.dimension.asynchronous]
+    tasks = {task.id: task for task in suite.tasks}
+    fewer = []
+    for episode in episodes if metric else ():
+        task = tasks.get(episode.task.id)
+        if task is not None and not episode.failed:
+            answers = [answer for answer in episode.answers if answer.probe in task.probes]
+            fewer.append(Episode(task, episode.turns, answers, episode.memory))
+    measure(fewer, metric)
+    scores: dict[str, list[float]] = defaultdict(list)
+    for episode in fewer:
+        value = _score(episode, suite.metric)
+        if value is not None:
+            scores[episode.task.id].append(value)
+    return {task: math.fsum(values) / len(values) for task, values in scores.items()}
 
 
 def _names(suite: Measured) -> list[str]:
@@ -221,6 +261,7 @@ def _judged(episodes: Sequence[Episode], suite: Measured) -> dict[str, float | N
     both = [(rule >= 0.5, verdict >= 0.5) for rule, verdict in pairs if rule is not None and verdict is not None]
     return {
         "mean": _mean(verdict for _, verdict in pairs),
+        "failed": float(sum(verdict is None for _, verdict in pairs)),
         "disagree": _mean(float(rule != verdict) for rule, verdict in both),
         "kappa": kappa([rule for rule, _ in both], [verdict for _, verdict in both]),
     }

@@ -12,6 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from memfactory.evaluate.failures import by_fault
 from memfactory.evaluate.rows import Row
 
 
@@ -110,12 +111,12 @@ def _cells(row: Row, head: Sequence[str]) -> list[str]:
         "metric": row.metric,
         "mean [95 %]": _with_interval(row.mean, row.low, row.high),
         "to the first [95 %]": _with_interval(row.difference, row.difference_low, row.difference_high, sign=True),
-        "judge": _number(row.judge.get("mean")),
+        "judge": _verdicts(row),
         "disagree": _number(row.judge.get("disagree")),
         "tokens": f"{row.tokens:.0f}",
         "seconds": f"{row.seconds:.3g}",
         "context": str(row.peak_context),
-        "failed": str(row.failed) if row.failed else "",
+        "failed": by_fault(row.failures),
         **{f"pass@{k}": _number(value) for k, value in row.pass_at.items()},
     }
     return [cells.get(name, "") for name in head]
@@ -126,6 +127,12 @@ def _with_interval(mean: float | None, low: float | None, high: float | None, *,
         return ""
     form = "+.3f" if sign else ".3f"
     return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def _verdicts(row: Row) -> str:
+    lost = int(row.judge.get("failed") or 0)
+    told = _number(row.judge.get("mean"))
+    return " ".join([told] * bool(told) + [f"(failed {lost})" if told else f"failed {lost}"] * bool(lost))
 
 
 def _number(value: float | None) -> str:

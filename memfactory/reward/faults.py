@@ -7,10 +7,35 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from memfactory.episode import Episode
-from memfactory.errors import MemFactoryError, ServiceError, StoreError
+from memfactory.errors import (
+    DataError,
+    EngineError,
+    JudgeError,
+    MemFactoryError,
+    ModelOutputError,
+    RecipeError,
+    RewardError,
+    ServiceError,
+    StoreError,
+)
 
-OUTSIDE: dict[str, type[MemFactoryError]] = {error.fault: error for error in (ServiceError, StoreError)}
-"""What a run ends with that had too many episodes that could not be run to their end."""
+BY_FAULT: dict[str, type[MemFactoryError]] = {
+    error.fault: error
+    for error in (
+        DataError,
+        EngineError,
+        JudgeError,
+        MemFactoryError,
+        ModelOutputError,
+        RecipeError,
+        RewardError,
+        ServiceError,
+        StoreError,
+    )
+}
+"""By the name of the fault: what a run ends with that had too many episodes that could not be run to their end."""
+UNMEASURED = "unmeasured"
+"""In the place of a fault where a dimension abstained."""
 MAX_EXAMPLES = 3
 """Faults told in words, beyond the first of each kind."""
 
@@ -45,6 +70,10 @@ class Faults:
         fault, _, told = episode.failed.partition(": ")
         self._add(fault, told, limit=0)
 
+    def fault_of(self, dimension: str) -> str:
+        """Whose fault it was that `dimension` failed, the first of several; :data:`UNMEASURED` where it abstained."""
+        return min((fault for name, fault in self._shown if name == dimension), default=UNMEASURED)
+
     def _add(self, fault: str, told: str, dimension: str = "", limit: int = MAX_EXAMPLES) -> bool:
         """Count one of class `fault`; whether it became an example."""
         self.count[fault] = self.count.get(fault, 0) + 1
@@ -66,7 +95,7 @@ def not_run(episodes: int, faults: Mapping[str, int], examples: Iterable[str]) -
     causes = " and ".join(f"{number} by a fault of the {fault}" for fault, number in faults.items())
     most = max(faults, key=lambda fault: faults[fault])
     what = f"{sum(faults.values())} of {episodes} episodes could not be run, {causes}"
-    return OUTSIDE.get(most, ServiceError)(
+    return BY_FAULT.get(most, ServiceError)(
         what, "; ".join(examples), f"mend the {most}, or raise rollout.max_failed_share"
     )
 

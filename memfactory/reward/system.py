@@ -32,7 +32,7 @@ from memfactory.reward.batch import Batch, Part, scores_of
 from memfactory.reward.catalogue import WeightedDimension, build_dimensions
 from memfactory.reward.credit import CreditAssigner, CreditBatch, build_assigner, turn_advantages
 from memfactory.reward.dimension import Role, innermost
-from memfactory.reward.faults import OUTSIDE, Faults
+from memfactory.reward.faults import BY_FAULT, Faults
 from memfactory.reward.measure import Gather, Measuring
 from memfactory.reward.table import Floats, Ints, ScoreTable, codes
 
@@ -311,7 +311,7 @@ class RewardSystem:
                 what += f", {' and '.join(f'{number} by a fault of the {fault}' for fault, number in not_run.items())}"
             if 2 * not_run.total() > failed:
                 fault = not_run.most_common(1)[0][0]
-                raise OUTSIDE.get(fault, ServiceError)(
+                raise BY_FAULT.get(fault, ServiceError)(
                     what, why, f"mend the {fault}, or raise rollout.max_failed_share"
                 )
             raise RewardError(what, why or "their dimensions returned None", fix)

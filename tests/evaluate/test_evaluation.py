@@ -102,6 +102,19 @@ def test_base_and_checkpoint_in_one_table_with_the_numbers_of_training(trained: 
 
 
 @pytest.mark.slow
+def test_the_same_weights_twice_are_run_once_and_both_keep_their_episodes(trained: Path, tmp_path: Path) -> None:
+    last = trained / "checkpoints" / "checkpoint-2"  # what the run ended with
+    done = evaluated(trained, tmp_path / "eval", base=False, checkpoints=[trained, last])
+    assert (done.ran, done.cached) == (2 * TASKS, 2 * TASKS)
+    assert done.rows[0].mean == done.rows[1].mean
+    kept = lines(tmp_path / "eval")
+    assert [line["candidate"] for line in kept].count("short") == 2 * TASKS
+    assert [line["candidate"] for line in kept].count("short/checkpoint-2") == 2 * TASKS
+    assert evaluated(trained, tmp_path / "eval", base=False, checkpoints=[trained, last]).ran == 0
+    assert lines(tmp_path / "eval") == kept
+
+
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_to_the_same_table(forked: Server, trained: Path, tmp_path: Path) -> None:
     words = ("eval", str(trained / "recipe.yaml"), "environment.test_tasks=60", "--checkpoint", str(trained))
     # few at a time, so that there is a middle to be killed in
