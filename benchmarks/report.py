@@ -1,12 +1,14 @@
-"""What a report of many episodes costs: seconds and memory to write it, its size, and seconds to open it.
+"""What a report of many episodes costs: seconds and memory to write it, its size, and seconds to open it, to sort it
+and to filter it.
 
     python benchmarks/report.py                     # 10,000 episodes of 4 turns of 100 to 200 words
     python benchmarks/report.py --episodes 2000 --keep report.html
 
-Opening is measured with a headless Chromium where there is one: seconds of wall clock from its start to the first
-episode on the page, less those of an empty page; the smallest of three. A chunk is 150 words, a prompt repeats
-chunk and memory, groups have 8 episodes, and words are drawn with the frequencies of a language (Zipf), which packs
-worse than real text.
+The run has token ids and log-probabilities, as training writes them: 400 tokens of prompt and 150 of completion on
+every turn. Opening is measured with a headless Chromium where there is one: seconds of wall clock from the address to
+the first episode painted on the page; sorting and filtering from the choice to the new list and its first episode,
+painted; the smallest of three browsers. A chunk is 150 words, a prompt repeats chunk and memory, groups have 8
+episodes, and words are drawn with the frequencies of a language (Zipf), which packs worse than real text.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from chromium import NO_NETWORK, OPENED, Tab, acting
+
 from memfactory.episode import Answer, Episode, Evidence, Probe, Score, StopReason, Task, Turn
 from memfactory.evaluate.report import write_report
 from memfactory.recipe import Recipe
@@ -33,6 +37,8 @@ RECIPE = {
     "rewards": [{"name": "answer.exact_match"}],
 }
 GROUP, STEPS = 8, 25
+PROMPT, COMPLETION = 400, 150
+"""Tokens of a turn, from a vocabulary of 150,000."""
 
 
 class Words:
@@ -62,7 +68,7 @@ def write_run(path: Path, episodes: int, turns: int) -> None:
                 probe = Probe(words.text(12, 18), (words.text(1, 3),), (Evidence(stream[0][:40], 0),))
                 task = Task(f"task-{step}-{number}", stream, (probe,))
             logged.append(make_episode(words, task, f"{step}/{number}", f"{step}/{number // GROUP}"))
-        run.log_episodes(step, "train", logged, tokens=False)
+        run.log_episodes(step, "train", logged)  # with tokens, as `memfactory train` does
 
 
 def make_episode(words: Words, task: Task, id: str, group: str) -> Episode:
@@ -73,8 +79,11 @@ def make_episode(words: Words, task: Task, id: str, group: str) -> Episode:
         text = words.text(100, 200)
         prompt = f"Keep notes to answer: {probe.question}\n\nThe piece:\n{read}\n\nYour notes:\n{memory}"
         after = text if chunk is not None else memory
-        turn = Turn("write", [], [], [], text, StopReason.STOP, [{"role": "user", "content": prompt}], chunk=chunk)
-        turn.memory_before, turn.memory_after, turn.counts = memory, after, (400, 150)
+        ids = [[words.rng.randrange(150_000) for _ in range(count)] for count in (PROMPT, COMPLETION)]
+        logprobs = [-words.rng.expovariate(2) for _ in range(COMPLETION)]
+        messages = [{"role": "user", "content": prompt}]
+        turn = Turn("write", *ids, logprobs, text, StopReason.STOP, messages, chunk=chunk)
+        turn.memory_before, turn.memory_after = memory, after
         episode.turns.append(turn)
         memory = after
     episode.answers = [Answer(probe, words.text(1, 3))]
@@ -83,31 +92,28 @@ def make_episode(words: Words, task: Task, id: str, group: str) -> Episode:
     return episode
 
 
-DRIVER = """<script>const waiting = setInterval(() => {
-  if (!document.querySelector(".turn, #empty")) return;
-  clearInterval(waiting);
-  document.documentElement.replaceChildren("it is open");
-}, 10);</script></body>"""
+ACTIONS: dict[str, dict[str, str]] = {
+    "sorted by disagreement": {"sort": "apart", "step": "all"},
+    "sorted by reward": {"sort": "reward"},
+    "filtered by text": {"sort": "logged", "find": "e9"},
+    "filtered by a bound": {"find": "", "measure": "apart", "limit": "0.5"},
+    "another step": {"limit": "", "step": "3"},
+}
+"""What a user does, one after the other."""
 
 
-def opening(browser: str, page: Path, folder: Path) -> tuple[float, float]:
-    """Wall and CPU seconds from the start of the browser to the first episode; the smallest of three each."""
-    # the policy of the page allows its own script alone; the document is emptied, because printing it takes longer
-    text = page.read_text(encoding="utf-8").replace("script-src 'sha256", "script-src 'unsafe-inline' 'x", 1)
-    copy = folder / f"driven-{page.name}"
-    copy.write_text(text.replace("</body>", DRIVER), encoding="utf-8")
-    wall, cpu = [], []
+def looking(
+    browser: str, page: Path, folder: Path, until: str, actions: dict[str, dict[str, str]]
+) -> dict[str, float]:
+    """Seconds by what was done, the smallest of three browsers: to start, to open `page`, and for each action."""
+    tried: list[dict[str, float]] = []
     for number in range(3):
-        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
-        command += ["--virtual-time-budget=20000", f"--user-data-dir={folder / f'{page.stem}{number}'}", "--dump-dom"]
-        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-        done = subprocess.run([*command, copy.as_uri()], capture_output=True, check=True, timeout=300)
-        wall.append(time.perf_counter() - start)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        cpu.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        if b"it is open" not in done.stdout:
-            raise SystemExit(f"{page} did not open")
-    return min(wall), min(cpu)
+        start = time.perf_counter()
+        with Tab(browser, folder / f"{page.stem}{number}", *NO_NETWORK) as tab:
+            seconds = {"started": time.perf_counter() - start, "opened": tab.open(page.as_uri(), until)}
+            seconds |= {name: tab.evaluate(acting(**values)) / 1000 for name, values in actions.items()}
+        tried.append(seconds)
+    return {name: min(seconds[name] for seconds in tried) for name in tried[0]}
 
 
 def main() -> None:
@@ -138,8 +144,12 @@ def main() -> None:
         else:
             empty = folder / "empty.html"
             empty.write_text("<!doctype html><body><p id=empty></p></body>")
-            (wall, cpu), (no_wall, no_cpu) = opening(browser, page, folder), opening(browser, empty, folder)
-            print(f"opened in {wall - no_wall:.2f} s ({cpu - no_cpu:.2f} CPU s; an empty page takes {no_wall:.2f} s)")
+            nothing = looking(browser, empty, folder, "document.querySelector('#empty') !== null", {})
+            print(
+                f"an empty page: opened in {nothing['opened']:.2f} s, the browser started in {nothing['started']:.2f}"
+            )
+            for name, seconds in looking(browser, page, folder, OPENED, ACTIONS).items():
+                print(f"{name} in {seconds:.2f} s")
         if given.keep:
             shutil.copyfile(page, given.keep)
 

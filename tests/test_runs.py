@@ -95,6 +95,22 @@ def test_without_tokens_only_their_counts_are_kept(run: RunFolder) -> None:
     assert episode_from_record(record).turns[0].completion_ids == []
 
 
+MIMIC = ',"prompt_ids":[1,2],"logprobs":[-0.5'
+
+
+@pytest.mark.parametrize("text", ["plain", MIMIC, f'"{MIMIC}]', f"\\{MIMIC}", f'\\"{MIMIC}', NASTY])
+def test_tokens_are_left_out_when_read_and_texts_that_look_like_them_are_not(run: RunFolder, text: str) -> None:
+    episode = make_episode(text)
+    episode.turns[0].logprobs = [-1e-6, math.nan]
+    episode.task.metadata["logprobs"] = [[1], [2]]  # of the data: nothing that a policy drew
+    run.log_episodes(2, "train", [episode])
+    (whole,), (light,) = run.read_episodes(), run.read_episodes(tokens=False)
+    for turn in whole["turns"]:
+        for name in ("prompt_ids", "completion_ids", "logprobs"):
+            del turn[name]
+    assert light == whole
+
+
 # any text that Python can hold, lone surrogates included
 ANY_TEXT = st.text(st.characters(codec=None, exclude_categories=()), max_size=60) | st.sampled_from([NASTY, ""])
 

@@ -156,7 +156,7 @@ def sample_episodes(
     """
     newest: dict[Any, int] = {}  # an evaluation that was done twice at one step counts once
     size = 0
-    for number, record in enumerate(folder.read_episodes()):
+    for number, record in enumerate(folder.read_episodes(tokens=False)):
         newest[_key(record, number)] = number
         size += sum(map(_size, record["turns"]))
     logged = len(newest)
@@ -173,7 +173,7 @@ def sample_episodes(
         places = [places[round(i * (len(places) - 1) / max(1, limit - 1))] for i in range(limit)]
     quota = _quota(counts, places, limit)
     taken: Counter[tuple[int, str]] = Counter()
-    for number, record in enumerate(folder.read_episodes()):
+    for number, record in enumerate(folder.read_episodes(tokens=False)):
         place = record["step"], record["split"]
         if number in kept:
             packed.add(source, record)
