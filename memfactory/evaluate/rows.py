@@ -91,14 +91,15 @@ class Row:
     """Score of each task, mean over its samples; not written."""
     weights: dict[str, int] = field(default_factory=dict)
     """Questions of each task, by which they count in the mean; not written."""
+    bounds: tuple[float, float] | None = None
+    """Lowest and highest score of the metric, where both are finite; not written."""
     against: dict[str, float] | None = None
     """Score of each task by the first candidate on the same questions, where this one was asked fewer; not written."""
 
     def record(self) -> dict[str, Any]:
         """As JSON holds it."""
         told = asdict(replace(self, by_task={}, weights={}, against=None))
-        del told["by_task"], told["weights"], told["against"]
-        return told
+        return {name: value for name, value in told.items() if name not in _NOT_WRITTEN}
 
     def untell(self, reason: str) -> None:
         """Leave out what is concluded from the scores: they are too few, or of other tasks than those asked for."""
@@ -106,6 +107,9 @@ class Row:
         self.mean = self.low = self.high = None
         self.pass_at, self.categories, self.by_task, self.judge = {}, {}, {}, {}
         self.dimensions = dict.fromkeys(self.dimensions)
+
+
+_NOT_WRITTEN = ("by_task", "weights", "bounds", "against")
 
 
 def row_of(
@@ -152,6 +156,7 @@ def row_of(
         failures=dict(failures),
         by_task=by_task,
         weights=weights,
+        bounds=bounds,
     )
 
 
@@ -162,7 +167,8 @@ def compare(rows: Sequence[Row]) -> None:
         base = first.setdefault((row.suite, row.mode), row)
         if base is row:
             continue
-        found = paired_difference(row.by_task, base.by_task if row.against is None else row.against, row.weights)
+        against = base.by_task if row.against is None else row.against
+        found = paired_difference(row.by_task, against, row.weights, row.bounds)
         if found is not None:
             row.difference, row.difference_low, row.difference_high = found.mean, found.low, found.high
 

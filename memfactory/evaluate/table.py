@@ -123,10 +123,10 @@ def _cells(row: Row, head: Sequence[str]) -> list[str]:
 
 
 def _with_interval(mean: float | None, low: float | None, high: float | None, *, sign: bool = False) -> str:
-    if mean is None or low is None or high is None:
+    if mean is None:
         return ""
     form = "+.3f" if sign else ".3f"
-    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+    return f"{mean:{form}}" if low is None or high is None else f"{mean:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def _verdicts(row: Row) -> str:

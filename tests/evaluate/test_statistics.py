@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memfactory.evaluate.statistics import best_of, interval, kappa, levels, paired_difference, wilson
+from memfactory.evaluate.statistics import Interval, best_of, interval, kappa, levels, paired_difference, wilson
 
 scores = st.lists(st.floats(0, 1, allow_nan=False), min_size=1, max_size=8)
 
@@ -74,9 +74,71 @@ def test_all_right_is_not_certain() -> None:
         theirs = binomtest(right, n).proportion_ci(method="wilson")
         assert wilson(right, n) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
     assert interval([]) is None
+    # alike, and not at an end: up to 1 - .05^(1/9) = .2831 of all tasks may be anywhere in [0, 1]
     same = interval([0.25] * 9)
     assert same is not None
-    assert (same.low, same.high) == (0.25, 0.25)
+    assert (same.low, same.high) == pytest.approx((0.25 * (1 - 0.2831), 0.25 + 0.75 * 0.2831), abs=1e-4)
+    one = interval([1.0])
+    assert one is not None
+    assert (one.mean, one.low, one.high) == (1.0, None, None)
+    open_ended = interval([3.0, 3.0], None)
+    assert open_ended is not None
+    assert (open_ended.mean, open_ended.low, open_ended.high) == (3.0, None, None)
+
+
+def difference_of(better: int, worse: int, same: int, bounds: tuple[float, float] | None = (0.0, 1.0)) -> Interval:
+    """Of tasks that one candidate alone solved, the other alone, and both or neither."""
+    values = [1.0] * better + [0.0] * worse + [0.5] * same
+    base = [0.0] * better + [1.0] * worse + [0.5] * same
+    numbered = [{str(n): value for n, value in enumerate(own)} for own in (values, base)]
+    found = paired_difference(*numbered, dict.fromkeys(numbered[0], 1), bounds)
+    assert found is not None
+    return found
+
+
+def test_ten_differences_alike_are_not_certain() -> None:
+    """Clopper and Pearson's one-sided 95 % bound for 0 of 10 is .2589."""
+    from scipy.stats import binomtest
+
+    for n in (2, 10, 30):
+        others = binomtest(0, n).proportion_ci(0.9, method="exact").high  # two sides of 5 % each
+        better, none = difference_of(n, 0, 0), difference_of(0, 0, n)
+        assert (better.mean, better.low, better.high) == pytest.approx((1.0, 1 - 2 * others, 1.0))
+        assert (none.mean, none.low, none.high) == pytest.approx((0.0, -others, others))
+    unbounded = difference_of(4, 0, 0, None)
+    assert (unbounded.mean, unbounded.low, unbounded.high) == (1.0, None, None)
+    single = difference_of(1, 0, 0)
+    assert (single.mean, single.low, single.high) == (1.0, None, None)
+    # one of ten tasks asks as many questions as the nine others: they say as much as 18^2 / (81 + 9) = 3.6 equal ones
+    alike = paired_difference(
+        dict.fromkeys("abcdefghij", 0.6), dict.fromkeys("abcdefghij", 0.5), {"a": 9} | dict.fromkeys("bcdefghij", 1)
+    )
+    assert alike is not None
+    assert alike.high == pytest.approx(0.1 + 0.9 * (1 - 0.05 ** (1 / 3.6)), abs=1e-9)
+
+
+@pytest.mark.parametrize("n", [10, 30])
+def test_differences_cover_the_truth_also_when_they_are_rare_and_tasks_few(n: int) -> None:
+    """Every outcome with its probability, not a sample of them: scores of 0 and 1, some tasks better, some worse."""
+    most = n if n < 20 else 14  # more tasks that differ than that have probability below 2e-3 in the cases here
+    spans = {
+        (up, down): (found.low, found.high)
+        for up in range(most + 1)
+        for down in range(most + 1 - up)
+        if (found := difference_of(up, down, n - up - down)).low is not None
+    }
+    rare = [(0.0, 0.0), (0.01, 0.0), (0.02, 0.02), (0.05, 0.0), (0.05, 0.05), (0.1, 0.0), (0.1, 0.05), (0.1, 0.1)]
+    more = [(0.3, 0.1), (0.2, 0.2), (0.5, 0.0), (0.7, 0.0), (0.9, 0.0), (0.0, 1.0)] if most == n else []
+    for up, down in rare + more:
+        covered = total = 0.0
+        for (better, worse), (low, high) in spans.items():
+            same = n - better - worse
+            ways = math.comb(n, better) * math.comb(n - better, worse)
+            chance = ways * up**better * down**worse * max(0.0, 1 - up - down) ** same
+            total += chance
+            covered += chance * (low - 1e-9 <= up - down <= high + 1e-9)
+        assert total > 0.998
+        assert covered / total >= 0.945, (up, down)
 
 
 def test_weights_are_questions() -> None:
