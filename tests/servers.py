@@ -64,6 +64,8 @@ class LocalServer:
             def do_POST(self) -> None:
                 server._handle(self, self.rfile.read(int(self.headers["Content-Length"])))
 
+            do_PUT = do_POST
+
             def log_message(self, *_: object) -> None:
                 pass
 

@@ -97,15 +97,25 @@ def upload(folder: Path, repo: str, *, private: bool) -> str:
     """Send `folder` to the Hub, making the repository where there is none; returns its address.
 
     Raises:
-        EngineError: the Hub refused, or could not be reached.
+        EngineError: the Hub refused (a refused token is told as such), or could not be reached.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
-    fix = f"the folder {folder} is whole: try again, or upload it with `hf upload {repo} {folder}`"
-    with boundary(EngineError, f"{repo} could not be uploaded", fix):
+    what, again = f"{repo} could not be uploaded", f"upload it with `hf upload {repo} {folder}`"
+    with boundary(EngineError, what, f"the folder {folder} is whole: try again, or {again}"):
         api = HfApi(library_name="memfactory")
-        api.create_repo(repo, private=private or None, exist_ok=True)
-        return str(api.upload_folder(folder_path=folder, repo_id=repo, commit_message="Upload with memfactory push"))
+        try:
+            api.create_repo(repo, private=private or None, exist_ok=True)
+            sent = api.upload_folder(folder_path=folder, repo_id=repo, commit_message="Upload with memfactory push")
+        except HfHubHTTPError as error:
+            if error.response.status_code not in (401, 403):
+                raise
+            owner = repo.partition("/")[0]
+            fix = f"set HF_TOKEN to a token with write access to {owner} (hf.co/settings/tokens), and {again}"
+            why = f"{error.response.status_code}: {error.server_message or error}"
+            raise EngineError(f"{what}: the Hub refused the token", why, fix) from error
+        return str(sent)
 
 
 def _take(file: Path, target: Path) -> bool:
