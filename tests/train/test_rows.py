@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import combinations
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from memfactory.episode import Episode, StopReason, Task, Turn
-from memfactory.policy.prefix_sharing import unique_ids
-from memfactory.train.passes import PASS, SCORED, cut, cut_shared, deal
 from memfactory.train.rows import Row, build_rows, collate, loss_weights
 
 TASK = Task("t", (), ())
@@ -128,27 +124,6 @@ def rows_of(sizes):
     return [Row(i, [1] * p, [2] * t, [1] * t, [1.0] * t, [0.0] * t) for i, (p, t) in enumerate(sizes)]
 
 
-@given(lengths, st.integers(1, 300))
-def test_cut_keeps_the_budget_and_loses_nothing(sizes, budget):
-    rows = rows_of(sizes)
-    batches = cut(rows, budget)
-    assert sorted(id(row) for batch in batches for row in batch) == sorted(map(id, rows))
-    for batch in batches:
-        assert batch
-        assert len(batch) == 1 or len(batch) * max(row.length for row in batch) <= budget
-    for batch in batches[:-1]:  # none is closed while the next row would have fitted
-        assert (len(batch) + 1) * max(row.length for row in batch) > budget
-
-
-@given(lengths, st.integers(1, 300), st.integers(1, 9))
-def test_deal_is_balanced_and_loses_nothing(sizes, budget, hands):
-    batches = cut(rows_of(sizes), budget)
-    dealt = deal(batches, hands)
-    assert len(dealt) == hands
-    assert [batch for hand in dealt for batch in hand] == batches
-    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
-
-
 @given(lengths.filter(bool), st.integers(0, 5), st.integers(0, 3))
 def test_collate_holds_every_token_mask_and_weight(sizes, extra, pad_id):
     rows = rows_of(sizes)
@@ -210,53 +185,3 @@ def test_loss_weights_over_ranks_are_those_of_one():
         left = loss_weights(rows[:2], [3, 5, 0, 0], loss, 16, total=19, episodes=4)
         right = loss_weights(rows[2:], [0, 0, 2, 9], loss, 16, total=19, episodes=4)
         assert left + right == pytest.approx(alone)
-
-
-# ---- micro-batches of rows that begin alike ------------------------------------------------------
-
-rows_alike = st.lists(
-    st.builds(lambda prompt, completion: Row(0, prompt, completion), tokens, tokens), min_size=1, max_size=7
-)
-
-
-def positions(rows):
-    return unique_ids([row.prompt_ids + row.completion_ids for row in rows])
-
-
-def size(rows):
-    """What counts against the budget."""
-    return positions(rows) + SCORED * sum(len(row.completion_ids) for row in rows)
-
-
-@given(rows_alike, st.integers(1, 60))
-def test_rows_that_begin_alike_are_cut_as_well_as_they_can_be(rows, budget):
-    batches = cut_shared(rows, budget)
-    assert sorted(map(id, (row for batch in batches for row in batch))) == sorted(map(id, rows))
-    for batch in batches:
-        assert size(batch) <= budget or len(batch) == 1
-    ordered = sorted(rows, key=lambda row: row.prompt_ids + row.completion_ids)
-
-    def cost(places):  # of cutting the sorted rows there
-        parts = [ordered[a:b] for a, b in zip((0, *places), (*places, len(rows)), strict=True)]
-        if any(size(part) > budget and len(part) > 1 for part in parts):
-            return float("inf")
-        return sum(size(part) for part in parts) + PASS * budget * len(parts)
-
-    best = min(cost(places) for n in range(len(rows)) for places in combinations(range(1, len(rows)), n))
-    assert sum(size(batch) for batch in batches) + PASS * budget * len(batches) == pytest.approx(best)
-
-
-def test_a_group_stays_together_where_it_fits():
-    groups = [[Row(0, [group] * 20, [5, member]) for member in range(4)] for group in range(3)]
-    mixed = [rows[member] for member in range(4) for rows in groups]
-    alone = size(groups[0])
-    assert [{row.prompt_ids[0] for row in batch} for batch in cut_shared(mixed, alone)] == [{0}, {1}, {2}]
-    assert [len({row.prompt_ids[0] for row in batch}) for batch in cut_shared(mixed, 2 * alone + 5)] in (
-        [2, 1],
-        [1, 2],
-    )
-
-
-def test_a_row_over_the_budget_is_alone_and_nothing_is_lost():
-    rows = [Row(0, [1] * 50, [2]), Row(0, [1, 2], [3]), Row(0, [1, 2], [4])]
-    assert sorted(map(len, cut_shared(rows, 10))) == [1, 2]
