@@ -62,6 +62,9 @@ class BankAgent:
     record_memory: bool = True
     """Keep the whole bank as text on every turn that changes it: what reports show and rewards on memory read. Its
     size times the number of updates; turn it off for banks of thousands of entries."""
+    record_final_memory: bool = True
+    """Keep the whole bank as text in `Episode.memory` when the episode ends: what rewards on memory and reports read.
+    `memfactory serve` turns it off, and writes it for a request that asks for its episode."""
 
     def __post_init__(self) -> None:
         errors: list[MemFactoryError] = []
@@ -130,17 +133,19 @@ class _Run:
     def __init__(self, agent: BankAgent, task: Task, policy: Policy, bank: Bank) -> None:
         self.agent, self.task, self.policy, self.bank = agent, task, policy, bank
         self.episode = Episode(task)
-        for entry in task.metadata.get("memory", ()) if not len(bank) else ():
+        given = task.metadata.get("memory", ())
+        for entry in given if given and not len(bank) else ():
             bank.apply(_given(entry))
-        self.inherited = {entry.id: entry for entry in bank.entries()}
-        """What was there before: its turns are not turns of this episode."""
-        self.retrieval: Retrieval = agent.retriever.open(bank)
+        self.written: set[str] = set()
+        """Entries that this episode wrote. The turns of others are not turns of this episode."""
+        self.retrieval: Retrieval
         self.sessions: Sequence[Mapping[str, Any]] = task.metadata.get("sessions", ())
         self.answers: dict[int, Answer] = {}
         """By number of the question; they may be asked in another order."""
 
     async def everything(self) -> Episode:
         task, episode = self.task, self.episode
+        self.retrieval = await self.agent.retriever.opened(self.bank)
         readings = await together(self.read(index) for index in range(len(task.stream)))
         await self.ask_due(0)
         for index, (turns, facts) in enumerate(readings):
@@ -151,7 +156,7 @@ class _Run:
             await self.learn(index, facts)
             await self.ask_due(index + 1)
         episode.answers = [self.answers[number] for number in range(len(task.probes))]
-        episode.memory = text_of(self.bank)
+        episode.memory = text_of(self.bank) if self.agent.record_final_memory else ""
         return episode
 
     def memory(self) -> str:
@@ -206,7 +211,7 @@ class _Run:
         batches = [[fact] for fact in facts] if updater.per_fact else list(by_speaker.values())
         for number, batch in enumerate(batches):
             looks_up = getattr(updater, "looks_up", True)
-            related = self.retrieval.related([fact.text for fact in batch]) if looks_up else ()
+            related = await self.related([fact.text for fact in batch]) if looks_up else ()
             state = UpdateState(tuple(batch), related)
             if hasattr(updater, "apply"):
                 self.change(updater.apply(state), turn=None)
@@ -226,10 +231,14 @@ class _Run:
             turn.memory_after = self.memory()
             self.episode.turns.append(turn)
 
+    async def related(self, texts: list[str]) -> tuple[Entry, ...]:
+        return await self.retrieval.aside(lambda: self.retrieval.related(texts))
+
     def change(self, operations: Sequence[Operation], turn: int | None) -> list[Operation]:
         """Carry out `operations`; those that cannot be come back with their reason."""
         done = [self.bank.apply(operation, turn=turn) for operation in operations]
         changed = [one.target for one in done if not one.error and one.verb != Verb.NONE.value]
+        self.written.update(changed)
         self.retrieval.follow(list(dict.fromkeys(changed)))
         return done
 
@@ -252,7 +261,7 @@ class _Run:
     async def reply(self, number: int, probe: Probe) -> tuple[list[Turn], Answer]:
         agent, task, question = self.agent, self.task, probe.question
         speakers = list(dict.fromkeys(who for session in self.sessions for who in session.get("speakers", ())))
-        entries = self.retrieval.answering(question, speakers, seed=task.id)
+        entries = await self.retrieval.aside(lambda: self.retrieval.answering(question, speakers, seed=task.id))
         turns = []
         if agent.reranker is not None:
             turn, entries = await self.rerank(number, question, entries)
@@ -277,10 +286,7 @@ class _Run:
 
     def shown(self, entries: Sequence[Entry]) -> list[Retrieved]:
         """`entries` as a turn records them, with the turn of this episode that wrote each."""
-        return [
-            Retrieved(entry.id, entry.text, None if self.inherited.get(entry.id) == entry else entry.turn)
-            for entry in entries
-        ]
+        return [Retrieved(entry.id, entry.text, entry.turn if entry.id in self.written else None) for entry in entries]
 
     async def rerank(self, number: int, question: str, entries: tuple[Entry, ...]) -> tuple[Turn, tuple[Entry, ...]]:
         """The entries that the reranker keeps, best first; where it names none that was there, the first ones."""

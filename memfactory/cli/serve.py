@@ -33,6 +33,10 @@ def serve(
     stateless: Annotated[
         bool, typer.Option("--stateless", help="Every request begins with an empty memory and leaves nothing.")
     ] = False,
+    indexed: Annotated[
+        int,
+        typer.Option("--indexed", min=0, help="Entries of all users together that stay in memory between requests."),
+    ] = 100_000,
     at_once: Annotated[int, typer.Option(min=1, help="Requests of one user under way; more are told 429.")] = 64,
     per_minute: Annotated[int, typer.Option(min=1, help="Requests of one user in a minute; more: 429.")] = 6000,
     max_body_mb: Annotated[float, typer.Option(min=0.001, help="Largest body in MB; larger ones: 413.")] = 4.0,
@@ -64,7 +68,7 @@ def serve(
     console = Console()
     served = open_run(run, checkpoint, overrides or [])
     file = memory or run / "memories.sqlite"
-    memories = None if stateless else Memories(file, bank=served.keeps_bank)
+    memories = None if stateless else Memories(file, bank=served.keeps_bank, indexed=indexed)
     options = Options(int(max_body_mb * 1e6), body_seconds, request_seconds)
     service = Service(Desk(served, memories), known, Limits(at_once, per_minute), options)
     number = bound.getsockname()[1]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from memfactory.errors import RecipeErrors
 from memfactory.memory.entries import Bank, Entry
 from memfactory.memory.sqlite import SqliteBank
 from memfactory.search.base import Searcher, sync
 from memfactory.search.build import SearchOptions, build_searcher, check_search
-from memfactory.search.stored import StoredSearcher
+from memfactory.search.stored import IndexedBank, StoredSearcher
+
+ResultT = TypeVar("ResultT")
 
 
 class Control(StrEnum):
@@ -55,11 +58,32 @@ class Retriever:
 
     def open(self, bank: Bank) -> Retrieval:
         """An index over `bank` that follows it."""
+        if isinstance(bank, IndexedBank):
+            return Retrieval(self, bank, bank.searcher(self._options))
         if isinstance(bank, SqliteBank):
             return Retrieval(self, bank, StoredSearcher(bank, self._options))
         searcher = build_searcher(self._options, owner=bank.owner)
         sync(searcher, bank.entries())
         return Retrieval(self, bank, searcher)
+
+    async def opened(self, bank: Bank) -> Retrieval:
+        """As `open`, with an index that is up to date. A bank on disk is read in another thread: it may be large, and
+        others in this loop go on meanwhile.
+
+        Raises:
+            EngineError: an embedder failed.
+            StoreError: the bank is gone, or the storage failed.
+        """
+        if not isinstance(bank, SqliteBank):
+            return self.open(bank)
+
+        def indexed() -> Retrieval:
+            retrieval = self.open(bank)
+            if self.control is Control.NONE and isinstance(retrieval.searcher, StoredSearcher):
+                retrieval.searcher.refresh()
+            return retrieval
+
+        return await asyncio.to_thread(indexed)
 
 
 class Retrieval:
@@ -75,6 +99,13 @@ class Retrieval:
         now = {id: self.bank.get(id) for id in ids}
         self.searcher.put([entry for entry in now.values() if entry is not None])
         self.searcher.remove([id for id, entry in now.items() if entry is None])
+
+    async def aside(self, search: Callable[[], ResultT]) -> ResultT:
+        """What `search` finds here; from another thread where it embeds for a bank on disk, which takes its time."""
+        searcher = self.searcher
+        if isinstance(searcher, StoredSearcher) and searcher.embeds:
+            return await asyncio.to_thread(search)
+        return search()
 
     def related(self, texts: Sequence[str]) -> tuple[Entry, ...]:
         """Entries that resemble any of `texts`, in rounds: everybody's best first; at most `related` for each text."""

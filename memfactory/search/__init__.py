@@ -10,7 +10,7 @@ from memfactory.search.dense import DenseSearcher
 from memfactory.search.embedding import CachedEmbedder, Embedder
 from memfactory.search.hybrid import HybridSearcher, fuse
 from memfactory.search.recall import recall
-from memfactory.search.stored import StoredSearcher
+from memfactory.search.stored import IndexedBank, StoredSearcher
 
 __all__ = [
     "BM25Searcher",
@@ -19,6 +19,7 @@ __all__ = [
     "Embedder",
     "Hit",
     "HybridSearcher",
+    "IndexedBank",
     "SearchOptions",
     "Searcher",
     "StoredSearcher",

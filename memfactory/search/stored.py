@@ -3,6 +3,8 @@
 The file holds texts and vectors; the index is in memory, made at the first search and brought up to date at each
 later one, by the newest change it has seen. So it answers like an index that followed every operation, also of what
 other processes did, and it is the index that agents are trained with: a bank that is served ranks the same.
+
+`IndexedBank`: such a bank that keeps its index, for who works with it again and again.
 """
 
 from __future__ import annotations
@@ -108,6 +110,16 @@ class StoredSearcher:
             copy._index, copy._head, copy._last = self._index.fork(), self._head, self._last
         return copy
 
+    @property
+    def embeds(self) -> bool:
+        """Whether a model turns texts into vectors here."""
+        return any(isinstance(part, DenseSearcher) for part in self.parts)
+
+    @property
+    def held(self) -> int:
+        """Entries in the index as it is, without a look at the bank."""
+        return len(self._index)
+
     def __len__(self) -> int:
         with self._lock:
             self._catch_up()
@@ -128,3 +140,38 @@ class StoredSearcher:
                 self._index.arrange(ordered)
         self._last = max(self._last, *numbers, 0)
         self._head = new.head
+
+
+class IndexedBank(SqliteBank):
+    """A bank on disk that keeps the index of its entries: who searches it again need not read it again.
+
+    Args:
+        bank: which one; this is a second object for it.
+        before: of the same owner and file, perhaps gone by now. Its index is taken over, and brought up to date.
+    """
+
+    def __init__(self, bank: SqliteBank, before: IndexedBank | None = None) -> None:
+        super().__init__(bank._store, bank.owner, bank.name, bank._bank, bank._scope)
+        self._asked: SearchOptions | None = None
+        self._searcher: StoredSearcher | None = None
+        if before is not None and before.shares_changes(self):
+            self._asked, self._searcher = before._asked, before._searcher
+
+    def searcher(self, options: SearchOptions) -> StoredSearcher:
+        """Its index, made at the first call, and anew where `options` are others. `search` brings it up to date.
+
+        Takes time in proportion to the bank where the index comes from `before`, and is not safe for two threads.
+
+        Raises:
+            EngineError: the embedder could not be loaded.
+        """
+        if self._searcher is None or self._asked != options:
+            self._searcher, self._asked = StoredSearcher(self, options), options
+        elif self._searcher.bank is not self:
+            self._searcher = self._searcher.fork(self)  # whoever searched there may not have ended yet
+        return self._searcher
+
+    @property
+    def indexed(self) -> int:
+        """Entries in its index, which lies in memory."""
+        return self._searcher.held if self._searcher is not None else 0

@@ -126,6 +126,7 @@ class Body(_Model):
             self.seed % 2**63 if self.seed is not None else None,
             min(limits, default=None),
             tuple(text for text in stop if text),
+            self.return_episode,
         )
 
 

@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from memfactory.agents.bank_agent import text_of
 from memfactory.draws import of_episode
 from memfactory.episode import Episode, Probe, StopReason, Task
 from memfactory.errors import StoreError
@@ -48,6 +49,8 @@ class Asked:
     """Longest answer, where the agent allows as much."""
     stop: tuple[str, ...] = ()
     """The answer ends before the first of these."""
+    memory: bool = False
+    """Whether the episode is to hold the memory as text; of a bank that takes time in proportion to its size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +122,8 @@ class Desk:
 
     async def shown(self, owner: str) -> str:
         """What `owner` remembers, as text."""
-        return await self._on_disk(self.memories.shown, owner) if self.memories is not None else ""
+        # not in the thread of the file, where others wait: it only reads, and a bank may be large
+        return await asyncio.to_thread(self.memories.shown, owner) if self.memories is not None else ""
 
     async def forget(self, owner: str) -> None:
         """Remove everything of `owner`, once what they asked before is answered."""
@@ -159,6 +163,8 @@ class Desk:
                 return await served.agent.run(task, Watched(inner, served.answering, asked.max_tokens, told), store)
 
         episode = await asyncio.wrap_future(self._loop.start(episode_of()))
+        if asked.memory and served.keeps_bank and not episode.memory:
+            episode.memory = await asyncio.to_thread(text_of, store)
         answer = episode.answer
         assert answer is not None
         text = answer.text if answer.text is not None else answer.raw  # what no parser could read is shown as it is

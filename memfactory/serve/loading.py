@@ -16,6 +16,8 @@ from memfactory.train.start import load_policy
 
 _UNSCORED = ("rewards=[{name: answer.exact_match}]", "eval.metric=answer.exact_match", "aggregate={}", "judge={}")
 """Nothing is scored here: a run's own rewards, and the keys of its judge, need not be on this machine."""
+_WRITTEN = ("record_memory", "record_final_memory")
+"""Options of an agent over a bank that write all of it as text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +64,11 @@ def open_run(path: Path, checkpoint: Path | None = None, overrides: Sequence[str
     weights = checkpoint or trained_weights(run)
     changes = [*_UNSCORED, "rollout.engine=transformers", *overrides]
     prepared = prepare(run.recipe_file, changes, splits=())
-    if hasattr(prepared.agent, "record_memory") and not any(x.startswith("agent.record_memory") for x in overrides):
-        # the whole bank as text on every turn, for reports: its time grows with what a user has told
-        prepared = prepare(run.recipe_file, [*changes, "agent.record_memory=false"], splits=())
+    # the whole bank as text on every turn and at the end, for reports: its time grows with what a user has told
+    told = {option.partition("=")[0] for option in overrides}
+    written = [name for name in _WRITTEN if hasattr(prepared.agent, name) and f"agent.{name}" not in told]
+    if written:
+        prepared = prepare(run.recipe_file, [*changes, *(f"agent.{name}=false" for name in written)], splits=())
     section = prepared.recipe.eval
     return Served(
         prepared.recipe.name,

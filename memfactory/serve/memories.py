@@ -5,13 +5,15 @@ exchange with its answer change in one transaction, which is on the disk before 
 dropped, or that a killed process leaves behind, changes nothing.
 
 Agents over a bank have a :class:`~memfactory.memory.sqlite.SqliteBank` in the same file, and their drafts are forks of
-it; agents with one text have a row here.
+it; agents with one text have a row here. A fork that was kept stands for the owner's next request, see
+:class:`~memfactory.serve.indexes.Indexes`; one that was dropped is gone, so that whoever still works with it changes
+nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -20,6 +22,8 @@ from memfactory.agents.bank_agent import text_of
 from memfactory.errors import StoreError
 from memfactory.memory.sqlite import SqliteBank, SqliteStore, decoded, encoded
 from memfactory.memory.text import TextMemory
+from memfactory.search.stored import IndexedBank
+from memfactory.serve.indexes import Indexes
 from memfactory.serve.transcript import ChatMessage, Exchange, Plan
 
 try:
@@ -46,6 +50,8 @@ TABLES = (
         DELETE FROM served_drafts WHERE owner = old.owner;
     END""",
 )
+INDEXED = 100_000
+"""Entries of all owners together that stay in memory between requests."""
 _AT_ONCE = 500
 """Marks in one query: SQLite takes 999 parameters in its oldest builds."""
 
@@ -55,7 +61,7 @@ class Draft:
     """An owner's memory for one request."""
 
     owner: str
-    store: SqliteBank | TextMemory
+    store: IndexedBank | TextMemory
     """What the agent is given, and writes to."""
     read: frozenset[bytes]
     """Which of the marks asked for were read before."""
@@ -69,13 +75,14 @@ class Memories:
     Args:
         path: the file; created where there is none.
         bank: whether the agent keeps a bank; else one text.
+        indexed: entries of all owners together that stay in memory between requests.
 
     Raises:
         StoreError: the file cannot be opened, or another process serves it.
     """
 
-    def __init__(self, path: Path, *, bank: bool) -> None:
-        self.path, self.bank = path, bank
+    def __init__(self, path: Path, *, bank: bool, indexed: int = INDEXED) -> None:
+        self.path, self.bank, self.indexes = path, bank, Indexes(indexed)
         self._held = ExitStack()
         self._held.enter_context(_alone(path))
         try:
@@ -85,8 +92,8 @@ class Memories:
                 for statement in TABLES:
                     connection.execute(statement)
                 left = connection.execute("SELECT owner, fork FROM served_drafts").fetchall()
-            for owner, fork in left:  # of a process that was killed
-                self._discard(decoded(owner), fork)
+                for owner, fork in left:  # of a process that was killed
+                    self._discard(decoded(owner), fork)
         except BaseException:
             self._held.close()
             raise
@@ -118,7 +125,7 @@ class Memories:
             if found[1] is not None:
                 question, name, answer = map(decoded, found[1:4])
                 last = Exchange(ChatMessage("user", question, name), answer, *found[4:])
-        store = self._fork(owner) if self.bank else TextMemory(text)
+        store = self._draft(owner) if self.bank else TextMemory(text)
         return Draft(owner, store, frozenset(read), last)
 
     def keep(self, draft: Draft, plan: Plan, exchange: Exchange) -> None:
@@ -134,9 +141,10 @@ class Memories:
         text = ""
         with self._store.guard("written"), self._store.transaction() as connection:
             own = self._store.bank(draft.owner)
-            if isinstance(draft.store, SqliteBank):
+            if isinstance(draft.store, IndexedBank):
                 own.restore(draft.store.snapshot())
-                self._discard(draft.owner, draft.store.name)
+                for old in self.indexes.bring(draft.store):
+                    self._discard(old.owner, old.name)
             else:
                 text = draft.store.text
             (owner,) = connection.execute("SELECT id FROM owners WHERE owner = ?", (encoded(draft.owner),)).fetchone()
@@ -160,8 +168,10 @@ class Memories:
         Raises:
             StoreError: the storage failed.
         """
-        if isinstance(draft.store, SqliteBank):
+        if isinstance(draft.store, IndexedBank):
             self._discard(draft.owner, draft.store.name)
+            for old in self.indexes.bring(draft.store):  # the fork is gone, its index is of use
+                self._discard(old.owner, old.name)
 
     def shown(self, owner: str) -> str:
         """What `owner` remembers, as text; an entry on each line where it is a bank.
@@ -181,24 +191,44 @@ class Memories:
         Raises:
             StoreError: the storage failed.
         """
+        self.indexes.take(owner)
         self._store.forget(owner)
 
     def close(self) -> None:
         """Let go of the file."""
+        with suppress(StoreError), self._store.guard("written"), self._store.transaction():
+            for bank in self.indexes.empty():  # else the next start does it
+                self._discard(bank.owner, bank.name)
         self._drafts.close()
         self._store.close()
         self._held.close()
 
-    def _fork(self, owner: str) -> SqliteBank:
+    def _draft(self, owner: str) -> IndexedBank:
+        """The fork that stands from the last request, where nobody has changed the bank since; else a new one."""
+        own, before = self._drafts.bank(owner), self.indexes.take(owner)
+        if before is not None and _alike(before, own):
+            return before
+        if before is not None:
+            self._discard(owner, before.name)
         with self._drafts.guard("written"), self._drafts.transaction() as connection:
-            fork = self._drafts.bank(owner).fork()
+            fork = own.fork()
             connection.execute("INSERT INTO served_drafts VALUES (?, ?)", (encoded(owner), fork.name))
-        return fork
+        return IndexedBank(fork, before)
 
     def _discard(self, owner: str, fork: str) -> None:
+        """Remove a fork; one that is gone already is passed over."""
         with self._store.guard("written"), self._store.transaction() as connection:
-            connection.execute("DELETE FROM served_drafts WHERE fork = ?", (fork,))
-            self._store.bank(owner, fork=fork).discard()
+            if connection.execute("DELETE FROM served_drafts WHERE fork = ?", (fork,)).rowcount:
+                self._store.bank(owner, fork=fork).discard()
+
+
+def _alike(fork: SqliteBank, own: SqliteBank) -> bool:
+    if not fork.shares_changes(own):
+        return False
+    try:
+        return fork.snapshot() == own.snapshot()
+    except StoreError:
+        return False
 
 
 @contextmanager

@@ -582,6 +582,7 @@ def test_what_is_remembered_is_recorded_unless_turned_off() -> None:
         episode = run(BankAgent(**BY_HAND, record_memory=record), TASK, Scripted(by_hand))
         assert any(turn.memory_after for turn in episode.turns) is expected
         assert "Oslo" in episode.memory
+    assert run(BankAgent(**BY_HAND, record_final_memory=False), TASK, Scripted(by_hand)).memory == ""
 
 
 def test_all_that_is_wrong_with_the_modules_is_said_at_once() -> None:

@@ -74,6 +74,8 @@ def test_a_request_that_is_given_up_while_it_is_committed_is_answered(served: Se
 
     assert asyncio.run(main())
     assert late.shown(OWNER).splitlines()[0].endswith("the old dog stood .")
+    assert drafts(late) == 1, "it stands for the next request"
+    late.close()
     assert drafts(late) == 0
 
 
