@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,9 @@ from memfactory.serve.desk import Asked, Desk, Replied, owner_of
 from memfactory.serve.metrics import Metrics
 from memfactory.serve.refusals import Refused, refusal_of
 from memfactory.serve.streaming import EventStream
+
+GONE = 499
+"""Status, for the metrics alone, of a request whose client did not wait for its answer."""
 
 
 @dataclass(frozen=True)
@@ -92,12 +95,24 @@ class Service:
             held.enter_context(self.limits.admit(user))
             self.gate.check()
             raw = await self._body(request)
-            return await self._reply(raw, user, held)
+            return await self._reply(request, raw, user, held)
         except BaseException:
             held.close()
             raise
 
-    async def _reply(self, raw: bytes, user: str, held: ExitStack) -> Response:
+    @asynccontextmanager
+    async def with_memory(self, request: Request, end_user: str) -> AsyncIterator[str]:
+        """Inside, somebody looks at a memory, or removes one; gives its owner.
+
+        Raises:
+            Refused: nobody who is known; one request too many; the server is about to end.
+        """
+        user = self.user(request)
+        with self.limits.admit(user), ExitStack() as held:
+            self.gate.enter(held)
+            yield owner_of(user, end_user)
+
+    async def _reply(self, request: Request, raw: bytes, user: str, held: ExitStack) -> Response:
         body = read_body(raw, self.model)
         asked, writer = body.asked(user, self.desk.served.sampling), Writer(body)
         self.gate.enter(held)
@@ -107,7 +122,7 @@ class Service:
             work = asyncio.create_task(self._answer(asked, lambda text: _tell(loop, told, text)))
             return EventStream(work, told, writer, held)
         with held:
-            return _json(writer.whole(await self._answer(asked, lambda text: None)))
+            return _json(writer.whole(await _while_there(request, self._answer(asked, lambda text: None))))
 
     async def _answer(self, asked: Asked, progress: Callable[[str], None]) -> Replied:
         with self.metrics.timing():
@@ -181,19 +196,45 @@ def build_app(service: Service) -> FastAPI:
 
     @app.get("/v1/memory")
     async def memory(request: Request, user: str = "") -> Response:
-        owner = owner_of(service.user(request), user)
-        return _json({"object": "memory", "text": await desk.shown(owner)})
+        async with service.with_memory(request, user) as owner:
+            return _json({"object": "memory", "text": await desk.shown(owner)})
 
     @app.delete("/v1/memory")
     async def forget(request: Request, user: str = "") -> Response:
-        await desk.forget(owner_of(service.user(request), user))
-        return _json({"object": "memory", "deleted": True})
+        async with service.with_memory(request, user) as owner:
+            await desk.forget(owner)
+            return _json({"object": "memory", "deleted": True})
 
     @app.post("/v1/chat/completions")
     async def completions(request: Request) -> Response:
         return await _counted(service, lambda: service.complete(request))
 
     return app
+
+
+async def _while_there(request: Request, answer: Coroutine[Any, Any, Replied]) -> Replied:
+    """What `answer` comes to; cancelled when the client goes away. Only for a request whose body was read.
+
+    Raises:
+        Refused: it went away before the answer was on the disk.
+    """
+    work, gone = asyncio.create_task(answer), asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            work.cancel()
+            await asyncio.wait({work})
+        if work.cancelled():
+            raise Refused(GONE, "the client went away; nothing was kept", "client_gone")
+        return work.result()
+    finally:
+        gone.cancel()
+        work.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _counted(service: Service, answer: Callable[[], Awaitable[Response]]) -> Response:

@@ -24,22 +24,35 @@ LAST = 5
 
 
 class Patient(H11Protocol):
-    """HTTP/1.1 that hangs up on a client who does not send the head of its first request."""
+    """HTTP/1.1 that hangs up on a client who does not send the head of a request, be it the first or a later one."""
 
-    _first: asyncio.TimerHandle | None = None
+    _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._first = self.loop.call_later(IDLE, self._silent)
+        self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._first is not None:
-            self._first.cancel()
+        self._stop()
         super().connection_lost(exc)
 
-    def _silent(self) -> None:
-        if self.cycle is None:  # no request has begun
+    def on_response_complete(self) -> None:
+        # before what uvicorn does: it may begin a request whose head came while the last one was answered. Its own
+        # time for an idle connection ends with the first byte of a head.
+        self._await_head()
+        super().on_response_complete()
+
+    def _await_head(self) -> None:
+        self._stop()
+        self._timer = self.loop.call_later(IDLE, self._silent, self.cycle)
+
+    def _silent(self, last: Any) -> None:
+        if self.cycle is last:  # no request has begun since
             self.transport.close()
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 class Server(uvicorn.Server):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import sqlite3
 import threading
 import time
@@ -131,6 +133,8 @@ def test_told_to_end_it_answers_what_is_under_way_and_refuses_the_rest(
             wait_until(lambda: httpx.get(f"{serving.root}/health").status_code == 503)
             refused = serving.post({"model": serving.model, "messages": user("?")})
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+            assert httpx.get(f"{serving.url}/memory").status_code == 503
+            assert httpx.delete(f"{serving.url}/memory").status_code == 503
             rest = list(lines)
         assert "data: [DONE]" in rest
         assert serving.process.wait() == 0
@@ -143,17 +147,28 @@ def test_told_to_end_it_answers_what_is_under_way_and_refuses_the_rest(
         assert memories.shown('["local"]')
 
 
-def test_a_client_that_goes_away_ends_its_request_and_leaves_nothing(servers: dict[str, Serving]) -> None:
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_client_that_goes_away_ends_its_request_and_leaves_nothing(
+    streamed: bool, servers: dict[str, Serving]
+) -> None:
     text = servers["text"]
     messages = user(*["the small cat sat ."] * 200, "which animal ?")
-    body = {"model": text.model, "messages": messages, "temperature": 0, "stream": True, "user": "gone away"}
+    body = {"model": text.model, "messages": messages, "temperature": 0, "stream": streamed, "user": "gone away"}
     url = f"{text.url}/chat/completions"
-    with httpx.stream("POST", url, json=body, timeout=60, trust_env=False) as stream:
-        assert next(stream.iter_lines()).startswith(": reading chunk 1")
 
     def under_way() -> str:
         lines = httpx.get(f"{text.root}/metrics").text.splitlines()
         return next(line for line in lines if line.startswith("memfactory_requests_under_way "))
+
+    if streamed:
+        with httpx.stream("POST", url, json=body, timeout=60, trust_env=False) as stream:
+            assert next(stream.iter_lines()).startswith(": reading chunk 1")
+    else:
+        content = json.dumps(body).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n"
+        with socket.create_connection(("127.0.0.1", text.port), timeout=10) as client:
+            client.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + content)
+            wait_until(lambda: under_way().endswith(" 1.0"))
 
     start = time.monotonic()
     wait_until(lambda: under_way().endswith(" 0.0"))

@@ -328,5 +328,8 @@ def test_too_long_too_many_at_once_and_too_many_in_a_minute(strict: Serving) -> 
     answered = statuses.index(429)  # those of the last minute are counted, whoever of the tests above asked them
     assert statuses == [200] * answered + [429] * (13 - answered)
     assert 30 < int(many[-1].headers["Retry-After"]) <= 60
+    # a memory counts as much: who asks too often is told so there too
+    for method in ("GET", "DELETE"):
+        assert httpx.request(method, f"{strict.url}/memory", headers=alice).status_code == 429
     # nothing is left of what came before: it does not even know that it was asked
     assert read_by(strict.ask(user("the old dog stood .", "?"), token=TOKENS["bob"])) == ["the old dog stood ."]
