@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,13 +11,11 @@ from typing import Any
 from memfactory.agents.baselines import Baseline
 from memfactory.checkpoints import SEAL, damage
 from memfactory.errors import EngineError, RecipeError
+from memfactory.evaluate.fingerprints import base_fingerprint, weights_fingerprint
 from memfactory.recipe import Recipe
 from memfactory.runs import RunFolder
 
 BASE = "base"
-_WHOLE = 64 * 2**20
-"""Files up to this size are read as a whole for a fingerprint. Unit: bytes."""
-_PIECES, _PIECE = 256, 64 * 2**10
 _WEIGHTS = ("config.json", "adapter_config.json")
 
 
@@ -31,6 +28,9 @@ class Candidate:
     """None: the recipe's own model, untrained, or an endpoint."""
     fingerprint: str = ""
     """The same for the same weights, wherever they lie."""
+    under: str = ""
+    """What it answers with beyond its own weights: the fingerprint of the model that an adapter is put on, or the
+    context that an endpoint was said to take."""
     untrained: bool = False
     """What training began with: small models that learn beside the policy are as they were made."""
     baseline: Baseline | None = None
@@ -55,7 +55,7 @@ def find_candidates(recipe: Recipe, paths: Sequence[Path], *, base: bool = True)
     """
     found = [_checkpoint(path) for path in paths]
     first = _started_from(found[0]) if found else None
-    fingerprint = weights_fingerprint(first) if first is not None else _untrained(recipe)
+    fingerprint = weights_fingerprint(first) if first is not None else base_fingerprint(recipe)
     own = Candidate(BASE, first, fingerprint, untrained=True)
     every = [own] if base or not found else []
     for path, folder in zip(paths, found, strict=True):
@@ -112,42 +112,13 @@ def apart(candidates: list[Candidate]) -> list[Candidate]:
     return named
 
 
-def weights_fingerprint(folder: Path) -> str:
-    """16 hex digits that follow from the weights in `folder` and their configuration.
-
-    Of files over 64 MiB, 256 pieces of 64 KiB, evenly spread, are read: training changes every one of them.
-    """
-    digest = hashlib.sha256()
-    files = [file for file in sorted(folder.iterdir()) if _holds_weights(file.name)]
-    for file in [*files, *(folder / name for name in _WEIGHTS if (folder / name).is_file())]:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as stream:
-            if file.name in _WEIGHTS:
-                # where it was saved and by which version says nothing about what it computes
-                told = json.loads(stream.read())
-                left_out = ("transformers_version", "_name_or_path", "base_model_name_or_path")
-                digest.update(
-                    json.dumps({k: v for k, v in told.items() if k not in left_out}, sort_keys=True).encode()
-                )
-            elif size <= _WHOLE:
-                digest.update(stream.read())
-            else:
-                for place in range(_PIECES):
-                    stream.seek(place * (size - _PIECE) // (_PIECES - 1))
-                    digest.update(stream.read(_PIECE))
-    return digest.hexdigest()[:16]
-
-
-def _holds_weights(name: str) -> bool:
-    """Not what training goes on from: optimizer, schedule, random state."""
-    return name.endswith((".safetensors", ".gguf")) or (name.endswith(".bin") and "model" in name)
-
-
-def _untrained(recipe: Recipe) -> str:
-    """Of the recipe's own model: what it is made from."""
-    told = {"model": recipe.model.model_dump(mode="json", exclude={"lora"}), "seed": recipe.seed}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+def on_base(candidate: Candidate, recipe: Recipe) -> Candidate:
+    """`candidate`, with the weights that an adapter is put on."""
+    folder = candidate.checkpoint
+    if folder is None or not (folder / "adapter_config.json").is_file():
+        return candidate
+    first = _started_from(folder)
+    return replace(candidate, under=weights_fingerprint(first) if first is not None else base_fingerprint(recipe))
 
 
 # ---- does it fit the recipe? --------------------------------------------------------------------

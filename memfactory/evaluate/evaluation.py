@@ -38,7 +38,7 @@ class Plan:
     modes: Sequence[Mode]
     seed: int
     asked: Any
-    """What of the recipe decides what an episode is: the agent and who answers for its modules. JSON can hold it."""
+    """What else decides what an episode is: the agent, who answers for its modules, the engine. JSON can hold it."""
     concurrent: int = 2048
     """Episodes in flight at once; bounds host memory, not results."""
     max_failed_share: float = 0.25
@@ -163,7 +163,8 @@ def _runs(plan: Plan, candidate: Candidate, suites: Sequence[Measured]) -> Itera
     for suite in suites:
         content = {id(task): _content(task, candidate) for task in suite.tasks}
         for mode in plan.modes:
-            asked = [candidate.fingerprint, candidate.baseline, plan.asked, astuple(mode.sampling), plan.seed]
+            weights = [candidate.fingerprint, candidate.under]
+            asked = [weights, candidate.baseline, plan.asked, astuple(mode.sampling), plan.seed]
             settings = json.dumps(asked, sort_keys=True)
             for task in suite.tasks:
                 for sample in range(mode.samples):

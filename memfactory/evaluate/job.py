@@ -17,8 +17,9 @@ from memfactory.agents.baselines import Baseline, BaselineAgent
 from memfactory.environments.base import Split
 from memfactory.environments.overlap import shared
 from memfactory.errors import MemFactoryError, RecipeError, RecipeErrors
-from memfactory.evaluate.candidates import Candidate, apart, check_candidate, find_candidates
+from memfactory.evaluate.candidates import Candidate, apart, check_candidate, find_candidates, on_base
 from memfactory.evaluate.evaluation import Plan, evaluate
+from memfactory.evaluate.fingerprints import agent_fingerprint, beside_fingerprints
 from memfactory.evaluate.folder import EvalFolder
 from memfactory.evaluate.preflight import check_context, positions
 from memfactory.evaluate.rows import Measured, Mode, Row
@@ -91,10 +92,11 @@ def run_evaluation(asked: Asked, output: Path | None, progress: Progress) -> Don
     if asked.endpoint or asked.model:
         section = _endpoint(asked)
     try:
-        candidates = _candidates(prepared, asked, section)
         tokenizer = load_tokenizer(prepared.recipe.model, prepared.vocabulary)
+        candidates = _candidates(prepared, asked, section)
         for candidate in candidates:
             check_candidate(candidate, prepared.recipe, tokenizer)
+        candidates = [on_base(candidate, prepared.recipe) for candidate in candidates]
         suites = _suites(prepared, asked)
         limit = asked.context if section is not None else positions(prepared.recipe, candidates)
         share = prepared.recipe.rollout.max_failed_share
@@ -166,7 +168,8 @@ def _candidates(prepared: Prepared, asked: Asked, section: PolicySection | None)
     if section is None or asked.checkpoints:
         found = find_candidates(prepared.recipe, asked.checkpoints, base=asked.base)
     if section is not None:
-        found.append(Candidate(str(section.model), None, _address(section)))
+        limit = "" if asked.context is None else f"context {asked.context}"
+        found.append(Candidate(str(section.model), None, _address(section), limit))
         found = apart(found)
     if asked.baselines:
         # of the first, and so of the same weights that the others are compared with
@@ -271,7 +274,15 @@ def _plan(prepared: Prepared, asked: Asked, candidates: Sequence[Candidate], sui
         candidates=candidates,
         modes=modes,
         seed=recipe.seed,
-        asked=[stored[name] for name in ("agent", "modules", "policies")] + [recipe.model.dtype],
+        asked={
+            **{name: stored[name] for name in ("agent", "modules", "policies")},
+            "prompts and code": agent_fingerprint(prepared.agent),
+            "version": __version__,
+            "beside": beside_fingerprints(recipe),
+            "model": [recipe.model.dtype, stored["model"].get("quantization")],
+            "engine": recipe.rollout.engine,
+            "context": recipe.rollout.vllm.max_model_len if recipe.rollout.served else None,
+        },
         max_failed_share=recipe.rollout.max_failed_share,
         fresh=asked.fresh,
     )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
+import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,17 @@ from rich.console import Console
 
 pytest.importorskip("torch")
 
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
 from memfactory.errors import DataError, EngineError, MemFactoryError, RecipeError
+from memfactory.evaluate import fingerprints
 from memfactory.evaluate.candidates import find_candidates, weights_fingerprint
-from memfactory.evaluate.job import Asked, Done, run_evaluation
+from memfactory.evaluate.job import Asked, Done, _plan, run_evaluation
+from memfactory.modules.prompts import PROMPT_SETS, PromptOrder
 from memfactory.recipe import load_recipe
 from memfactory.train.callbacks import progress_bar
+from memfactory.train.prepare import prepare
 from tests.forked import Server
 
 TASKS = 10
@@ -232,6 +241,82 @@ def test_a_task_that_fails_is_counted_and_left_out(trained: Path, tmp_path: Path
         evaluated(trained, tmp_path / "no", name, "agent.max_chunks=4", "rollout.max_failed_share=0.1")
     # what failed is tried again, and nothing else
     assert evaluated(trained, tmp_path / "out", name, "agent.max_chunks=4", "eval.greedy=false").ran == 4
+
+
+# ---- what kept episodes are found again by ------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_other_weights_in_the_folder_of_the_base_are_run_again(trained: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(trained / "initial", base)
+    own = (f"model={{name: {base}}}", "warmup=null", "eval.greedy=false")
+    for ran in (3, 0):
+        assert evaluated(trained, tmp_path / "out", *own, checkpoints=[], tasks=3).ran == ran
+    shutil.copy(trained / "model" / "model.safetensors", base / "model.safetensors")
+    assert evaluated(trained, tmp_path / "out", *own, checkpoints=[], tasks=3).ran == 3
+    # and those that an adapter is put on
+    adapter = tmp_path / "adapter"
+    model = AutoModelForCausalLM.from_pretrained(base)
+    get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")).save_pretrained(adapter)
+    for ran in (3, 0):
+        assert evaluated(trained, tmp_path / "out", *own, base=False, checkpoints=[adapter], tasks=3).ran == ran
+    shutil.copy(trained / "initial" / "model.safetensors", base / "model.safetensors")
+    assert evaluated(trained, tmp_path / "out", *own, base=False, checkpoints=[adapter], tasks=3).ran == 3
+
+
+@pytest.mark.slow
+def test_an_edited_agent_is_run_again(forked: Server, trained: Path, tmp_path: Path) -> None:
+    source = "from memfactory.agents import MemAgent\n\nclass Own(MemAgent):\n    pass\n"
+    words = ("eval", str(trained / "recipe.yaml"), "agent.name=own.py:Own", "eval.greedy=false", "--tasks", "3")
+    for text, ran in ((source, 3), (source, 0), (source.replace("pass", "order = 'paper'"), 3)):
+        (tmp_path / "own.py").write_text(text)
+        done = forked.command(*words, "--output", "out", folder=tmp_path)
+        assert f"{ran} episodes run, " in done.stdout, done.stderr
+
+
+def test_what_else_decides_an_episode(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def key(*overrides: str) -> str:
+        prepared = prepare(trained / "recipe.yaml", ("warmup=null", *overrides))
+        return json.dumps(_plan(prepared, Asked(trained / "recipe.yaml"), [], []).asked, sort_keys=True)
+
+    plain = key()
+    assert key("train.max_steps=9") == plain
+    keys = [plain, key("agent.max_answer_tokens=9"), key("model.dtype=bfloat16")]
+    keys += [key("rollout.engine=vllm"), key("rollout.engine=vllm", "rollout.vllm.max_model_len=99")]
+    beside = (f"policies={{frozen: {{model: {trained / 'initial'}}}}}", "modules={answer: {policy: frozen}}")
+    keys.append(key(*beside))
+    monkeypatch.setattr(fingerprints, "weights_fingerprint", lambda *_: "other weights in the same folder")
+    keys.append(key(*beside))
+    words = PROMPT_SETS["words"]
+    others = {order: replace(words[order], write=words[order].write + " now") for order in PromptOrder}
+    monkeypatch.setitem(PROMPT_SETS, "words", others)
+    keys.append(key())
+    lora = f"model={{name: {trained / 'initial'}, lora: {{r: 2}}}}"
+    monkeypatch.setattr("memfactory.policy.quantization.unfit", lambda recipe: [])  # it needs no GPU to be asked for
+    keys += [key(lora, "model.quantization={bits: 4}"), key(lora, "model.quantization={bits: 4, type: fp4}")]
+    assert len(set(keys)) == len(keys)
+
+
+def test_large_weights_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "model" / "model.safetensors"
+    file.parent.mkdir()
+    file.write_bytes(b"x" * 1000)
+    whole = weights_fingerprint(file.parent)
+    assert not (tmp_path / ".memfactory").exists()
+    monkeypatch.setattr(fingerprints, "_LARGE", 999)
+    assert weights_fingerprint(file.parent) == whole
+    with monkeypatch.context() as once:
+        once.delattr(hashlib, "file_digest")
+        assert weights_fingerprint(file.parent) == whole
+        file.touch()
+        with pytest.raises(AttributeError):
+            weights_fingerprint(file.parent)
+    (tmp_path / ".memfactory" / "weights.json").write_text("torn")
+    assert weights_fingerprint(file.parent) == whole
+    file.write_bytes(b"x" * 500 + b"y" + b"x" * 499)
+    assert weights_fingerprint(file.parent) != whole
 
 
 # ---- bad input, before a model is loaded --------------------------------------------------------
