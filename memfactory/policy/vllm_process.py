@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import random
 import shutil
 import signal
 import socket
@@ -35,6 +36,10 @@ ADAPTERS_IN_MEMORY = 4
 MARK = "MEMFACTORY_ROLLOUT_SERVER"
 """Environment variable of a server's processes: run folder and port."""
 _PR_SET_PDEATHSIG = 1
+_LISTEN = "0A"
+"""State of a socket in Linux' tables."""
+_PORTS, _STRIDE = 20_000, 64
+"""First port of colocated servers; most ranks on a machine that are told apart."""
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
 
 
@@ -117,7 +122,12 @@ def port_of(recipe: Recipe, options: ServerOptions) -> int:
     """The port to serve on."""
     if options.port is not None:
         return options.port
-    parts = urlsplit(recipe.rollout.vllm.base_urls[0])
+    return port_in(recipe.rollout.vllm.base_urls[0])
+
+
+def port_in(url: str) -> int:
+    """The port of an address."""
+    parts = urlsplit(url)
     return parts.port or (443 if parts.scheme == "https" else 80)
 
 
@@ -187,9 +197,7 @@ def colocated(recipe: Recipe, folder: Path, rank: int, device: int | None) -> Ro
     Raises:
         EngineError: this environment, or the one of MEMFACTORY_VLLM_PYTHON, has no vLLM.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
+    port = free_port(rank)
     options = ServerOptions(port=port)
     command = [interpreter(options), "-m", SERVER, *arguments(recipe, folder, options, gpu=device is not None)]
     # what torchrun tells the trainer is not meant for the server, which would take part in its process group
@@ -201,6 +209,22 @@ def colocated(recipe: Recipe, folder: Path, rank: int, device: int | None) -> Ro
         environ["CUDA_VISIBLE_DEVICES"] = seen[device] if device < len(seen) and seen[device] else str(device)
     folder.mkdir(parents=True, exist_ok=True)
     return RolloutServer(command, environ, f"http://127.0.0.1:{port}", folder / f"vllm-rank{rank}.log")
+
+
+def free_port(rank: int) -> int:
+    """A port of this machine that nobody uses, and no other rank on it is told: vLLM binds it many seconds later.
+
+    It is below those that Linux gives to connections.
+
+    Raises:
+        EngineError: none was found.
+    """
+    for _ in range(100):
+        port = _PORTS + _STRIDE * random.SystemRandom().randrange(150) + rank % _STRIDE
+        with contextlib.suppress(EngineError):
+            check_port("127.0.0.1", port)
+            return port
+    raise EngineError(f"no free port between {_PORTS} and {_PORTS + 150 * _STRIDE}", "a hundred were tried", "")
 
 
 class RolloutServer:
@@ -235,24 +259,31 @@ class RolloutServer:
     def __exit__(self, *exception: object) -> None:
         self.stop()
 
-    def wait_healthy(self, seconds: float, still_wanted: Callable[[], bool] = lambda: True) -> float:
-        """Wait until it answers; returns the seconds that took.
+    def wait_healthy(
+        self, seconds: float, still_wanted: Callable[[], bool] = lambda: True, setting: str = "--wait"
+    ) -> float:
+        """Wait until it answers; returns the seconds that took. Another server that has its port is none.
+
+        Args:
+            setting: what says `seconds`, for the message.
 
         Raises:
             EngineError: it ended, or did not answer in time.
         """
         assert self.process is not None
+        where = f"see {self.log}" if self.log is not None else "see what it has printed"
         start = time.monotonic()
         while still_wanted():
             if self.process.poll() is not None:
                 what = f"the vLLM server ended with code {self.process.returncode}"
-                raise EngineError(what, self._last_words(), "see its log")
+                raise EngineError(what, self._last_words(), where)
             with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{self.url}/health", timeout=5.0, trust_env=False).is_success:
+                answer = httpx.get(f"{self.url}/health", timeout=5.0, trust_env=False)
+                if answer.is_success and _listens(self.process.pid, port_in(self.url)):
                     break
             if time.monotonic() - start > seconds:
                 what = f"the vLLM server did not answer within {seconds:g} s"
-                raise EngineError(what, self._last_words(), "see its log")
+                raise EngineError(what, self._last_words(), f"{where}; if it only takes longer, raise {setting}")
             time.sleep(0.5)
         return time.monotonic() - start
 
@@ -296,6 +327,27 @@ def _members(group: int) -> list[int]:
                 if os.getpgid(int(place.name)) == group:
                     found.append(int(place.name))
     return found
+
+
+def _listens(group: int, port: int) -> bool:
+    """Whether one of the group listens on `port`; True where that cannot be told (Linux alone tells)."""
+    listening = set()
+    for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
+        if not table.is_file():
+            continue
+        for line in table.read_text().splitlines()[1:]:
+            fields = line.split()
+            if int(fields[1].rpartition(":")[2], 16) == port and fields[3] == _LISTEN:
+                listening.add(f"socket:[{fields[9]}]")
+    if not listening:
+        return True
+    for pid in _members(group):
+        with contextlib.suppress(OSError):
+            for place in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    if os.readlink(place) in listening:
+                        return True
+    return False
 
 
 def _running(pid: int) -> bool:
