@@ -80,11 +80,12 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 @contextmanager
-def saving(target: Path, *, remove: bool = False) -> Iterator[None]:
+def saving(target: Path, *, remove: bool = False, setting: str = "") -> Iterator[None]:
     """Say what is to be done where `target` cannot be written.
 
     Args:
         remove: a `target` that is a folder is taken away again when that happens, because a part of it is of no use.
+        setting: of the recipe, by which another disk is chosen for it; empty where that is the run folder's.
 
     Raises:
         EngineError: anything but one of our own errors was raised inside.
@@ -104,8 +105,8 @@ def saving(target: Path, *, remove: bool = False) -> Iterator[None]:
         raise EngineError(
             f"{target} could not be written",
             why,
-            "make room or choose another disk; earlier checkpoints are whole, and the same command goes on from the "
-            "newest of them",
+            f"make room or choose another disk{setting and f' ({setting})'}; earlier checkpoints are whole, and the "
+            "same command goes on from the newest of them",
         ) from error
 
 

@@ -1,8 +1,9 @@
 """The servers that sample for a recipe: who is there, and whether it would sample from the trainer's weights.
 
-Three things are tried on a server that answers: whether it fits the recipe (as the trainer would check it), whether an
-adapter reaches it (one of zeros, which must change nothing; only where adapters are what is sent), and whether its
-log-probs are those of the trainer's own model on one prompt. Nothing is left behind: not the adapter, not its folder.
+Three things are tried on a server that answers: whether it fits the recipe (as the trainer would check it), whether
+what is sent reaches it (an adapter of zeros, which must change nothing; or all weights once more, those it was started
+with), and whether its log-probs are those of the trainer's own model on one prompt. Nothing is left behind: not the
+adapter, not its folder.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from memfactory.errors import MemFactoryError
 from memfactory.policy.models import load_checkpoint, load_model, load_tokenizer, lora_config
 from memfactory.policy.vllm_needs import BASE, base_model
 from memfactory.policy.vllm_policy import LOOP
-from memfactory.policy.vllm_server import VLLMServer
+from memfactory.policy.vllm_server import STARTED_WITH, VLLMServer
 from memfactory.recipe import Recipe
 from memfactory.train.prepare import Prepared
 from memfactory.train.serving import check
@@ -74,7 +75,7 @@ class Served:
         return any(Address.of(url).local and self.answers(url) is not Answer.SERVER for url in urls)
 
     def checks(self) -> Iterable[Check]:
-        """One line for an address where nobody answers, up to three where a server does."""
+        """One line for an address where nobody answers, three where a server does."""
         for url in self.recipe.rollout.vllm.base_urls:
             address = Address.of(url)
             if self.answers(url) is not Answer.SERVER:
@@ -84,8 +85,7 @@ class Served:
             try:
                 yield (fit := self._fits(server))
                 if fit.level is not Level.WRONG:
-                    if self.recipe.model.lora is not None:
-                        yield self._sync(server)  # whole weights would take the place of what it holds
+                    yield self._sync(server) if self.recipe.model.lora is not None else self._reload(server)
                     yield self._agreement(server)
             finally:
                 LOOP.start(server.aclose()).result()
@@ -113,10 +113,8 @@ class Served:
 
     def _fits(self, server: VLLMServer) -> Check:
         name = f"server {server.url}"
-        section = self.recipe.rollout.vllm.model_copy(update={"outage": 0.0})
-        asked = self.recipe.model_copy(update={"rollout": self.recipe.rollout.model_copy(update={"vllm": section})})
         try:
-            longest = check(server, asked, self.recipe.run_dir)
+            longest = check(server, self.recipe, self.recipe.run_dir).positions
             info, number = LOOP.start(_about(server)).result()
         except MemFactoryError as error:
             return of_error(name, error)
@@ -163,6 +161,35 @@ class Served:
             fix = "an adapter that changes nothing changes its log-probs: look at the server's log and version"
             return Check(name, found, f"at most {section.canary_tolerance:g}", Level.WRONG, fix)
         return Check(name, found, f"at most {section.canary_tolerance:g}")
+
+    def _reload(self, server: VLLMServer) -> Check:
+        """Have the server load the weights it was started with once more, from the folder where it will get others.
+
+        They lie there as links. A server that a run has sent weights already is left alone.
+        """
+        name, section = "  weight sync", self.recipe.rollout.vllm
+        parent = Path(section.adapters) if section.adapters else self.recipe.run_dir / "adapters"
+        base, began = Path(self.base), time.perf_counter()
+        try:
+            held = LOOP.start(server.weight_version()).result()
+            if held != STARTED_WITH:
+                return Check(name, f"not tried: it holds the weights '{held}' of a run", "", Level.NOTE)
+            if not base.is_dir():
+                fix = "run doctor where the trainer will run"
+                return Check(name, f"not tried: {base} is not here", "", Level.NOTE, fix)
+            with passing_folder(parent) as folder:
+                for file in base.iterdir():
+                    (folder / file.name).symlink_to(file.resolve())
+                LOOP.start(server.reload(STARTED_WITH, str(folder.resolve()))).result()
+        except MemFactoryError as error:
+            return of_error(name, error)
+        except RequestFailed as failed:
+            return Check(name, failed.why, "", Level.WRONG, failed.fix)
+        except OSError as error:
+            fix = "rollout.vllm.adapters=... a folder that trainer and servers share"
+            return Check(name, f"{parent}: {error.strerror or error}", "", Level.WRONG, fix)
+        seconds = time.perf_counter() - began
+        return Check(name, f"the weights it was started with loaded again, by way of {parent}, in {seconds:.1f} s", "")
 
     # ---- log-probs ---------------------------------------------------------------------------
 

@@ -119,6 +119,7 @@ class Endpoint:
         parse: Callable[[httpx.Response], MeteredT],
         read: Callable[[MeteredT], ResultT],
         characters: int = 0,
+        headers: Mapping[str, str] | None = None,
     ) -> ResultT:
         """What `read` makes of what `parse` makes of the reply to `body`, after as many attempts as allowed.
 
@@ -128,6 +129,7 @@ class Endpoint:
             parse: raises RequestFailed for a reply that is none; what it cost is counted whatever `read` says.
             read: raises RequestFailed for a reply that cannot be used.
             characters: of the prompt, for `tokens_per_minute`.
+            headers: sent beside the usual ones.
 
         Raises:
             RequestFailed: no reply came that can be used; says why and what to change.
@@ -144,7 +146,7 @@ class Endpoint:
         # escaped to ASCII: a lone surrogate in a prompt must not end the run
         content = json.dumps(body).encode("ascii")
         try:
-            return await retrying(self._attempt, path, content, characters, parse, read, clock)
+            return await retrying(self._attempt, path, content, characters, parse, read, clock, headers)
         except RequestFailed as failed:
             attempt = retrying.statistics["attempt_number"]
             why = f"{failed.why} (attempt {attempt} of {self.attempts}, {clock.spent:.1f} s)"
@@ -185,6 +187,7 @@ class Endpoint:
         parse: Callable[[httpx.Response], MeteredT],
         read: Callable[[MeteredT], ResultT],
         clock: _Clock,
+        headers: Mapping[str, str] | None,
     ) -> ResultT:
         connection = self._connections.get()
         asked = monotonic()
@@ -194,7 +197,7 @@ class Endpoint:
             client = connection.places.pop()  # there is one: no more requests are admitted than there are places
             try:
                 with clock.running():
-                    response = await self._post(client, path, content, clock.left)
+                    response = await self._post(client, path, content, clock.left, headers)
                     self.tally.time("latency", response.elapsed.total_seconds())
                 parsed = parse(response)
                 self._meter(connection.limits, characters, parsed.usage)
@@ -206,10 +209,17 @@ class Endpoint:
             finally:
                 connection.places.append(client)
 
-    async def _post(self, client: httpx.AsyncClient, path: str, content: bytes, seconds: float) -> httpx.Response:
+    async def _post(
+        self,
+        client: httpx.AsyncClient,
+        path: str,
+        content: bytes,
+        seconds: float,
+        headers: Mapping[str, str] | None,
+    ) -> httpx.Response:
         try:
             async with asyncio.timeout(seconds):
-                response = await client.post(f"{self.base_url.rstrip('/')}{path}", content=content)
+                response = await client.post(f"{self.base_url.rstrip('/')}{path}", content=content, headers=headers)
         except TimeoutError as error:
             why = f"no reply within {self.settings}deadline={self.deadline:g} s"
             raise RequestFailed(Failure.DEADLINE, why) from error

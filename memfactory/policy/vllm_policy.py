@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ from memfactory.policy.rendering import check_fits, digest, pieces, prompt_of
 from memfactory.policy.vllm_pool import ServerPool
 from memfactory.policy.vllm_server import Draw
 
+LOG = logging.getLogger("memfactory.rollouts")
+CLOSING = 60.0
+"""Seconds for leaving all servers."""
 LOOP = BackgroundLoop("memfactory-vllm")
 """Where servers are spoken to. A frozen model in this process holds up the loop of the episodes while it decodes."""
 
@@ -41,8 +45,6 @@ class VLLMPolicy:
     """Sample from the base model, the weights as they were before training."""
     push: Callable[[Any, int | None], None] | None = None
     """Sends a model's weights to the servers; None where another policy of the same pool does."""
-    max_positions: int | None = None
-    """Longest prompt and completion together; None where the server does not say."""
     stop: Callable[[], None] | None = None
     """Ends a server that is this process's own."""
     version: int | None = None
@@ -72,6 +74,11 @@ class VLLMPolicy:
     @property
     def greedy(self) -> bool:
         return self.sampling.temperature == 0
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest prompt and completion together; None where no server says."""
+        return self.pool.positions
 
     def use(self, model: Any, version: int | None = None) -> None:
         """Have the servers sample from the weights of `model`; nothing is sent where they have that `version`.
@@ -104,9 +111,7 @@ class VLLMPolicy:
 
     def beside(self, sampling: Sampling, *, base: bool) -> VLLMPolicy:
         """The same servers for modules that are not trained: the weights of now, or those from before training."""
-        own = VLLMPolicy(self.pool, self.tokenizer, sampling, self.eos_ids, self.template_options, base)
-        own.max_positions = self.max_positions
-        return own
+        return VLLMPolicy(self.pool, self.tokenizer, sampling, self.eos_ids, self.template_options, base)
 
     def apart(self) -> VLLMPolicy:
         """The same weights at the same servers for another batch at the same time, with draws of its own."""
@@ -125,10 +130,22 @@ class VLLMPolicy:
 
     def close(self) -> None:
         """Have the servers forget the adapters, and close the connections. The one that pushes does it for all."""
-        if self.push is not None:
-            LOOP.start(self.pool.aclose()).result(timeout=60)
-        if self.stop is not None:
-            self.stop()
+        try:
+            if self.push is not None:
+                LOOP.start(self._left()).result()
+        finally:
+            if self.stop is not None:
+                self.stop()
+
+    async def _left(self) -> None:
+        """What it takes to close never spoils a run that has ended: what a server keeps, the next one clears away."""
+        try:
+            async with asyncio.timeout(CLOSING):
+                await self.pool.aclose()
+        except Exception as error:
+            urls = ", ".join(server.url for server in self.pool.servers)
+            why = f"not within {CLOSING:g} s" if isinstance(error, TimeoutError) else str(error)
+            LOG.warning("adapters of this run may be left at %s: %s; its next start unloads them", urls, why)
 
     def _next_seed(self, prompt_ids: Sequence[int]) -> int:
         prompt = digest(prompt_ids)

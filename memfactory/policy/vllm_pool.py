@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from statistics import fmean
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from memfactory.endpoints.failures import Failure, RequestFailed
 from memfactory.errors import EngineError
+from memfactory.loops import together
 from memfactory.policy.base import Sampling
 from memfactory.policy.vllm_needs import BASE
 from memfactory.policy.vllm_server import Draw, Sampled, VLLMServer
@@ -30,6 +31,8 @@ from memfactory.policy.vllm_server import Draw, Sampled, VLLMServer
 Floats = NDArray[np.floating[Any]]
 GONE = frozenset({Failure.CONNECTION, Failure.CUT, Failure.SERVER, Failure.TIMEOUT, Failure.GARBAGE})
 """Failures of the server rather than of the request: another one may answer."""
+FORSAKEN = 8
+"""Servers on which one turn may come to nothing, one after the other, before it is the turn's own fault."""
 PROBE = 1.0
 """Seconds between two looks at a server that is out."""
 AHEAD = 8
@@ -53,16 +56,20 @@ class NextToken:
 class Prefixes:
     """What follows some prefixes of a prompt; known for every token, because one is drawn after each.
 
-    Where other turns are under way the canary is drawn and not scored: vLLM scores prompts with the requests beside it
-    in mind (0.31 with adapters: its CPU worker ends, "einsum(): subscript b has size ...").
+    Draws are what turns are made of: by their log-probs the server shows that it reports those of the distribution it
+    draws from. Scores of prompts are always those of temperature 1.
     """
 
     lengths: Sequence[int]
     """Tokens of each of the P prefixes."""
     expected: Floats
-    """(P, V) log-probs by the trainer's weights of now."""
+    """(P, V) log-probs by the trainer's weights of now, at `temperature`."""
     before: Floats | None
     """The same before the last update."""
+    temperature: float = 1.0
+    """At which turns are drawn."""
+    plain: Floats | None = None
+    """`expected` at temperature 1; None where that is `temperature`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +87,10 @@ class Canary:
     """Drawn too, where a server keeps the name of its weights when they change: scores of prompts never come from the
     prefix cache, draws do."""
     prefixes: Prefixes | None = None
-    """Of `ids`; drawn after, and `ids` are not scored, where turns are under way beside it."""
+    """Of `ids`; a token is drawn after each."""
+    scored: bool = True
+    """`ids` are scored. Not where turns are under way beside it: vLLM scores prompts with the requests beside it in
+    mind (0.31 with adapters: its CPU worker ends, "einsum(): subscript b has size ...")."""
 
     def check(self, found: Sequence[float], where: str) -> float:
         """Mean difference between the scores `found` and what is expected, in nats.
@@ -101,6 +111,19 @@ class Canary:
         """The same for `tokens` that were drawn after the prefixes, by their log-probs there."""
         assert self.prefixes is not None
         known, rows = self.prefixes, range(len(tokens))
+        if known.plain is not None:
+            now, other = (
+                fmean(abs(a - b) for a, b in zip(found, table[rows, tokens], strict=True))
+                for table in (known.expected, known.plain)
+            )
+            apart = float(np.abs(known.expected[rows, tokens] - known.plain[rows, tokens]).mean())
+            if other < now / 4 and now > apart / 2:
+                raise EngineError(
+                    f"{where} does not report the log-probs it draws by",
+                    f"those of {len(tokens)} drawn tokens are {other:.3g} from temperature 1, and {now:.3g} from "
+                    f"train.temperature {known.temperature:g}",
+                    "start it with --logprobs-mode processed_logprobs, as memfactory serve-rollouts does",
+                )
         before = None if known.before is None else known.before[rows, tokens].tolist()
         return self._compare(found, known.expected[rows, tokens].tolist(), before, where)
 
@@ -148,14 +171,27 @@ class Weights:
         return BASE if self.whole else self.name
 
 
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What a server that fits the recipe is."""
+
+    positions: int | None = None
+    """Longest prompt and completion together; None where it does not say."""
+    engines: int = 1
+    """Copies of the model behind its address, each with a cache of its own."""
+
+
 @dataclass(slots=True)
 class _Place:
     server: VLLMServer
+    fit: Fit = Fit()
     up: bool = True
     """Whether it may be asked: it answers, and has shown that it holds the weights of now."""
     under_way: Counter[str] = field(default_factory=Counter)
     """Turns that are being sampled, by the model they were asked of."""
     mending: asyncio.Task[None] | None = None
+    given: bool = False
+    """It is being mended, and just now given the weights."""
     failure: str = ""
 
 
@@ -167,11 +203,14 @@ class ServerPool:
         servers: at least one.
         family: beginning of the names of all adapters of this run; others' are left alone.
         outage: seconds without any server before a call fails.
+        inspect: compares a server with what the recipe needs, whenever it appears: it may have been started anew with
+            other flags. Raises EngineError for one that does not fit.
     """
 
     servers: Sequence[VLLMServer]
     family: str
     outage: float
+    inspect: Callable[[VLLMServer], Awaitable[Fit]] | None = None
     weights: Weights | None = None
     """What is sampled from; None: the base model."""
     canary: Canary | None = None
@@ -186,10 +225,27 @@ class ServerPool:
     _counted: dict[str, tuple[float, float]] = field(default_factory=dict)
     """By server, when last asked: ids of prompts it looked up in its prefix cache, and those it found."""
     _change: asyncio.Event = field(default_factory=asyncio.Event)
+    _may_give: asyncio.Event = field(default_factory=asyncio.Event)
+    """Whether servers that are mended may be given weights."""
     _fatal: EngineError | None = None
 
     def __post_init__(self) -> None:
         self._places = [_Place(server) for server in self.servers]
+        self._may_give.set()
+
+    @property
+    def positions(self) -> int | None:
+        """Longest prompt and completion together that every server takes which has been seen; None: unknown."""
+        return min((place.fit.positions for place in self._places if place.fit.positions), default=None)
+
+    async def start(self) -> None:
+        """Look at all servers. Those that do not answer yet are out, and are put in when they do.
+
+        Raises:
+            EngineError: none answers for `outage` seconds, or one does not fit.
+        """
+        await together(self._meet(place) for place in self._places)
+        await self._free(())
 
     async def sample(self, draw: Draw, *, base: bool) -> Sampled:
         """One completion from whichever server is free.
@@ -199,10 +255,12 @@ class ServerPool:
 
         Raises:
             EngineError: no server was there for `outage` seconds, it refuses the request, or holds other weights; or
-                none were sent yet.
+                none were sent yet. No reply within `deadline`, and no other server is up or it was late, too. One
+                after the other has failed on it.
         """
         if not base and self.weights is None:
             raise EngineError("a turn was asked for before any weights were sent", "", "call `use` first")
+        failures, late = 0, False
         while True:
             place = await self._free(draw.prompt_ids)
             weights = None if base else self.weights  # of this attempt: another one may come after an update
@@ -212,10 +270,17 @@ class ServerPool:
                 sampled = await place.server.sample(draw, model=model)
                 return sampled if weights is None else replace(sampled, version=weights.version)
             except RequestFailed as failed:
+                failures += 1
                 # 404: it was started anew since, and has forgotten the adapter
-                if failed.kind not in GONE and failed.status != 404:
+                again = failed.kind in GONE or failed.status == 404
+                if failed.kind is Failure.DEADLINE:
+                    # it hangs, or the turn is too long for the deadline: another server tells
+                    again = not late and any(other.up for other in self._places if other is not place)
+                    late = True
+                if not again or failures == FORSAKEN:
+                    times = f", the {failures}th in a row" if failures > 1 else ""
                     raise EngineError(
-                        f"the vLLM server at {place.server.url} gave no turn", failed.why, failed.fix
+                        f"the vLLM server at {place.server.url} gave no turn{times}", failed.why, failed.fix
                     ) from failed
                 self._take_out(place, failed.why)
             finally:
@@ -237,9 +302,29 @@ class ServerPool:
             self.weights, self.canary = weights, canary
         await asyncio.gather(*(self._renew(place, weights, canary) for place in self._places if place.up))
         # a server that came back with the old ones in between does not know the new name, says so, and is mended again
-        self.weights, self.canary = weights, canary
+        self.adopt(weights, canary)
         await self._free(())
         return self.difference
+
+    async def hold(self) -> None:
+        """Mend no server until :meth:`adopt`: what is mended now would get the weights of before.
+
+        Every training process has a pool of its own, and servers are the same ones: without this, the process that
+        publishes new weights may find the old ones loaded over them by another.
+        """
+        self._may_give.clear()
+        await self._cancel([place for place in self._places if place.given])
+
+    def adopt(self, weights: Weights | None, canary: Canary | None) -> None:
+        """Sample from `weights`, which were published; servers that are out are mended with them.
+
+        To be called in the pool's loop.
+        """
+        self.weights, self.canary = weights, canary
+        self._may_give.set()
+        for place in self._places:
+            if not place.up and (place.mending is None or place.mending.done()):
+                self._begin_mending(place)
 
     async def cache_hit_rate(self) -> float | None:
         """Share of the ids of prompts that servers found in their prefix caches since the last call, by their own
@@ -285,13 +370,20 @@ class ServerPool:
 
     async def aclose(self) -> None:
         """Have the servers forget this run's adapters, and close the connections."""
-        for place in self._places:
-            if place.mending is not None:
-                place.mending.cancel()
-            if place.up:
-                with contextlib.suppress(RequestFailed):  # it is gone, and with it what it held
-                    await self._forget(place, ())
-            await place.server.aclose()
+        await self._cancel(self._places)
+        await asyncio.gather(*(self._leave(place) for place in self._places))
+
+    async def _cancel(self, places: Collection[_Place]) -> None:
+        mending = [place.mending for place in places if place.mending is not None]
+        for task in mending:
+            task.cancel()
+        await asyncio.gather(*mending, return_exceptions=True)
+
+    async def _leave(self, place: _Place) -> None:
+        if place.up:
+            with contextlib.suppress(RequestFailed):  # it is gone, and with it what it held
+                await self._forget(place, ())
+        await place.server.aclose()
 
     # ---- who is asked ------------------------------------------------------------------------
 
@@ -313,8 +405,8 @@ class ServerPool:
                 raise EngineError(
                     f"no vLLM server answers since {self.outage:g} s",
                     failures,
-                    "start one (memfactory serve-rollouts RECIPE) and go on with --resume; rollout.vllm.outage says "
-                    "how long to wait",
+                    "start one: memfactory serve-rollouts RECIPE, with the same overrides, or check "
+                    "rollout.vllm.base_urls; a run goes on with --resume. rollout.vllm.outage says how long to wait",
                 )
             self._change.clear()
             try:
@@ -330,14 +422,37 @@ class ServerPool:
         if place.up:
             place.up = False
             self.taken_out += 1
-            place.mending = asyncio.get_running_loop().create_task(self._mend(place))
+            self._begin_mending(place)
+
+    def _begin_mending(self, place: _Place) -> None:
+        place.mending = asyncio.get_running_loop().create_task(self._mend(place))
+
+    async def _meet(self, place: _Place) -> None:
+        """See a server for the first time. It is up, or out until it is there."""
+        place.up = False
+        try:
+            place.failure = await place.server.unwell()
+            if not place.failure:
+                await self._look(place)
+                place.up = True
+        except RequestFailed as failed:
+            place.failure = failed.why
+        if not place.up:
+            self._begin_mending(place)
+
+    async def _look(self, place: _Place) -> None:
+        if self.inspect is not None:
+            place.fit = await self.inspect(place.server)
 
     async def _mend(self, place: _Place) -> None:
         """Wait until the server is there again, give it the weights of now, and put it back."""
         while True:
-            if await place.server.healthy():
-                weights = self.weights
+            unwell = await place.server.unwell()
+            if not unwell:
                 try:
+                    await self._look(place)
+                    await self._may_give.wait()
+                    weights, place.given = self.weights, True
                     await self._ready(place, weights, self.canary)
                 except RequestFailed as failed:
                     place.failure = failed.why
@@ -350,8 +465,10 @@ class ServerPool:
                         place.up = True
                         self._change.set()
                         return
+                finally:
+                    place.given = False
             else:
-                place.failure = place.failure or "it is not healthy"
+                place.failure = unwell
             await asyncio.sleep(PROBE)
 
     async def _renew(self, place: _Place, weights: Weights | None, canary: Canary | None) -> None:
@@ -377,20 +494,30 @@ class ServerPool:
                 await server.reload(weights.name, weights.path)
         elif weights.name not in known:
             await server.load(weights.name, weights.path)
-        where = f"the vLLM server at {server.url}"
-        if canary is not None and canary.prefixes is not None:
+        if canary is None:
+            return
+        engines = place.fit.engines
+        for engine in range(engines):
+            where = f"the vLLM server at {server.url}" + (f", engine {engine} of {engines}" if engines > 1 else "")
+            await self._show(server, model, canary, engine if engines > 1 else None, where)
+
+    async def _show(self, server: VLLMServer, model: str, canary: Canary, engine: int | None, where: str) -> None:
+        """See that one engine of a server answers by the weights that the canary is of."""
+        if canary.prefixes is not None:
+            sampling = Sampling(canary.prefixes.temperature)
             asked = [
-                Draw(canary.ids[:length], Sampling(), max_tokens=1, stop=(), seed=length)
+                Draw(canary.ids[:length], sampling, max_tokens=1, stop=(), seed=length)
                 for length in canary.prefixes.lengths
             ]
-            turns = await asyncio.gather(*(server.sample(draw, model=model) for draw in asked))
+            turns = await asyncio.gather(*(server.sample(draw, model=model, engine=engine) for draw in asked))
             own = canary.check_prefixes([turn.ids[0] for turn in turns], [turn.logprobs[0] for turn in turns], where)
             self.difference = max(self.difference, own)
-        elif canary is not None:
-            self.difference = max(self.difference, canary.check(await server.score(canary.ids, model=model), where))
-        if canary is not None and canary.following is not None:
+        if canary.scored:
+            found = await server.score(canary.ids, model=model, engine=engine)
+            self.difference = max(self.difference, canary.check(found, where))
+        if canary.following is not None:
             ask = Draw(canary.following.ids, Sampling(), max_tokens=1, stop=(), seed=1)
-            drawn = await server.sample(ask, model=model)
+            drawn = await server.sample(ask, model=model, engine=engine)
             canary.check_drawn(drawn.ids[0], drawn.logprobs[0], where)
 
     async def _forget(self, place: _Place, kept: Collection[str]) -> set[str]:

@@ -6,6 +6,7 @@ for adapters; the trainer needs neither CUDA nor NCCL to use it. Checked against
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,9 @@ PATIENT = 180.0
 
 LONG = 600.0
 """Seconds for loading all weights of a model."""
+
+STARTED_WITH = "default"
+"""Name of the weights that a server has been started with."""
 
 _SHARED = "the server must see the trainer's folder under the same path: set rollout.vllm.adapters to a shared one"
 
@@ -112,11 +116,12 @@ class VLLMServer:
 
     # ---- tokens ------------------------------------------------------------------------------
 
-    async def sample(self, draw: Draw, *, model: str) -> Sampled:
+    async def sample(self, draw: Draw, *, model: str, engine: int | None = None) -> Sampled:
         """Draw one completion.
 
         Args:
             model: name of an adapter, or of the base model (:data:`memfactory.policy.vllm_needs.BASE`).
+            engine: which of its copies of the model (`--data-parallel-size`) is asked; None: the one that is free.
 
         Raises:
             RequestFailed: no completion came.
@@ -139,16 +144,21 @@ class VLLMServer:
             "ignore_eos": False,
         }
         # never min_tokens: with it vLLM masks the end token and renormalises, and its log-probs are of another policy
-        return await self._http.post("/v1/completions", body, _sampled, lambda sampled: sampled)
+        return await self._http.post("/v1/completions", body, _sampled, lambda sampled: sampled, headers=_to(engine))
 
-    async def score(self, ids: Sequence[int], *, model: str) -> list[float]:
+    async def score(self, ids: Sequence[int], *, model: str, engine: int | None = None) -> list[float]:
         """Log-probs of ``ids[1:]``, each given what stands before it. Nothing of it comes from the prefix cache.
+
+        Args:
+            engine: see :meth:`sample`.
 
         Raises:
             RequestFailed: they did not come.
         """
         body = {"model": model, "prompt": list(ids), "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
-        scored = await self._http.post("/v1/completions", body, lambda reply: _scored(reply, ids), lambda own: own)
+        scored = await self._http.post(
+            "/v1/completions", body, lambda reply: _scored(reply, ids), lambda own: own, headers=_to(engine)
+        )
         return scored.logprobs
 
     # ---- adapters ----------------------------------------------------------------------------
@@ -195,7 +205,7 @@ class VLLMServer:
     # ---- whole weights -----------------------------------------------------------------------
 
     async def weight_version(self) -> str:
-        """The name of the weights it was given last; `default` where it has those it was started with.
+        """The name of the weights it was given last; :data:`STARTED_WITH` where there were none.
 
         Raises:
             EngineError: it was started without ``VLLM_SERVER_DEV_MODE=1``, or is too old.
@@ -244,13 +254,28 @@ class VLLMServer:
 
     # ---- the server itself -------------------------------------------------------------------
 
-    async def healthy(self) -> bool:
-        """Whether it is up and its engine lives."""
+    async def unwell(self) -> str:
+        """Why nothing can be asked of it; empty where it is up and its engine lives."""
         try:
             await self._quick("GET", "/health", seconds=5.0)
-        except RequestFailed:
-            return False
-        return True
+        except RequestFailed as failed:
+            return failed.why
+        return ""
+
+    async def engines(self) -> int:
+        """Copies of the model behind its address (`--data-parallel-size`), each of which counts for itself; 1 where it
+        does not say.
+
+        Raises:
+            RequestFailed: it does not answer.
+        """
+        try:
+            text = (await self._quick("GET", "/metrics")).text
+        except RequestFailed as failed:
+            if failed.kind is Failure.REFUSED:
+                return 1
+            raise
+        return max(len(set(re.findall(r'^vllm:num_requests_running\{[^}]*engine="(\d+)"', text, re.MULTILINE))), 1)
 
     async def info(self) -> dict[str, Any] | None:
         """Its whole configuration; None where it was started without ``VLLM_SERVER_DEV_MODE=1``.
@@ -317,6 +342,11 @@ class VLLMServer:
                 failed.kind, f"{self.url}: {failed.why}", FIXES.of(failed), status=response.status_code
             )
         return response
+
+
+def _to(engine: int | None) -> dict[str, str] | None:
+    """Headers by which vLLM asks one of its copies of the model, whoever is free."""
+    return None if engine is None else {"X-data-parallel-rank": str(engine)}
 
 
 def _choice(response: httpx.Response) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from hashlib import sha256
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from memfactory.errors import EngineError
 from memfactory.policy.transformers_backend import TransformersPolicy
 from memfactory.policy.vllm_needs import BASE, TESTED, adapters_at_once, base_model, lora_rank
 from memfactory.policy.vllm_policy import LOOP, VLLMPolicy
-from memfactory.policy.vllm_pool import ServerPool
+from memfactory.policy.vllm_pool import Fit, ServerPool
 from memfactory.policy.vllm_process import RolloutServer, colocated
 from memfactory.policy.vllm_server import VLLMServer
 from memfactory.recipe import Recipe
@@ -27,7 +25,8 @@ from memfactory.train.weight_sync import AdapterSync, FullWeightSync
 
 
 def served(recipe: Recipe, trained: TransformersPolicy, folder: Path) -> VLLMPolicy:
-    """The servers of `recipe` in place of `trained`, checked; waits for them as long as `rollout.vllm.outage`.
+    """The servers of `recipe` in place of `trained`, those that answer checked; waits for the first of them as long as
+    `rollout.vllm.outage`. Others are taken in when they answer.
 
     Where they are colocated, the one of this training process is started here, and ended when the policy is closed.
 
@@ -35,7 +34,7 @@ def served(recipe: Recipe, trained: TransformersPolicy, folder: Path) -> VLLMPol
         folder: of the run.
 
     Raises:
-        EngineError: a server is not there, or does not fit the recipe; says which flag to type.
+        EngineError: no server is there, or one does not fit the recipe; says which flag to type.
     """
     section = recipe.rollout.vllm
     tally = Tally()
@@ -44,11 +43,19 @@ def served(recipe: Recipe, trained: TransformersPolicy, folder: Path) -> VLLMPol
         own = _started(recipe, folder, trained.model.device)
         urls, outage = [own.url], 0.0  # nobody starts it again
     servers = [VLLMServer(url, section, tally) for url in urls]
-    limits = [check(server, recipe, folder, ours=own is not None) for server in servers]
     # of this run, whichever life of it: what an earlier one left at the servers is ours to clear away
     digest = sha256(str(folder.resolve()).encode()).hexdigest()[:8]
     family = f"memfactory-{re.sub('[^a-z0-9]+', '-', recipe.name.lower())}-{digest}-"
-    pool = ServerPool(servers, family, outage)
+    pool = ServerPool(
+        servers, family, outage, inspect=lambda server: _inspected(server, recipe, folder, ours=own is not None)
+    )
+    try:
+        LOOP.start(pool.start()).result()
+    except BaseException:
+        LOOP.start(pool.aclose()).result()
+        if own is not None:
+            own.stop()
+        raise
     kind = FullWeightSync if recipe.model.lora is None else AdapterSync
     sync = kind(
         pool,
@@ -56,13 +63,13 @@ def served(recipe: Recipe, trained: TransformersPolicy, folder: Path) -> VLLMPol
         trained.tokenizer,
         section.canary_tolerance,
         trained.autocast,
+        trained.sampling.temperature or 1.0,
         everywhere=own is not None,
     )
     policy = VLLMPolicy(
         pool, trained.tokenizer, trained.sampling, trained.eos_ids, trained.template_options, push=sync
     )
     policy.stop = own.stop if own is not None else None
-    policy.max_positions = min((limit for limit in limits if limit), default=None)
     return policy
 
 
@@ -79,7 +86,7 @@ def check_answering(recipe: Recipe, folder: Path) -> None:
     section = recipe.rollout.vllm
     for url in section.base_urls if section.mode == "server" else ():
         server = VLLMServer(url, section)
-        if LOOP.start(server.healthy()).result():
+        if not LOOP.start(server.unwell()).result():
             check(server, recipe, folder)
 
 
@@ -88,44 +95,41 @@ def _started(recipe: Recipe, folder: Path, device: torch.device) -> RolloutServe
     server = colocated(recipe, folder, Ranks().own, device.index or 0 if device.type == "cuda" else None)
     server.__enter__()
     try:
-        server.wait_healthy(max(recipe.rollout.vllm.outage, 60.0))
+        server.wait_healthy(max(recipe.rollout.vllm.outage, 60.0), setting="rollout.vllm.outage")
     except BaseException:
         server.stop()
         raise
     return server
 
 
-def check(server: VLLMServer, recipe: Recipe, folder: Path, *, ours: bool = False) -> int | None:
-    """Wait for `server` and compare what it is with what the recipe needs.
+def check(server: VLLMServer, recipe: Recipe, folder: Path) -> Fit:
+    """Compare what `server` is with what the recipe needs.
 
     Args:
         folder: of the run.
-        ours: it was started here, so its flags are right; vLLM takes long to tell them for the first time.
-
-    Returns:
-        longest prompt and completion together that it takes; None where it does not say.
 
     Raises:
-        EngineError: it is not there in time, or does not fit.
+        EngineError: it does not answer, or does not fit.
     """
-    return LOOP.start(_check(server, recipe, folder, ours)).result()
+    try:
+        return LOOP.start(_inspected(server, recipe, folder)).result()
+    except RequestFailed as failed:
+        raise EngineError(
+            f"the vLLM server at {server.url} does not say what it is", failed.why, failed.fix
+        ) from failed
 
 
-async def _check(server: VLLMServer, recipe: Recipe, folder: Path, ours: bool) -> int | None:
-    end, failure = monotonic() + recipe.rollout.vllm.outage, ""
-    while True:
-        try:
-            models = await server.models()
-            break
-        except RequestFailed as failed:
-            failure = failed.why
-        if monotonic() >= end:
-            raise EngineError(
-                f"no vLLM server at {server.url} after {recipe.rollout.vllm.outage:g} s",
-                failure,
-                "start it: memfactory serve-rollouts RECIPE, with the same overrides; or set rollout.vllm.base_urls",
-            )
-        await asyncio.sleep(1.0)
+async def _inspected(server: VLLMServer, recipe: Recipe, folder: Path, *, ours: bool = False) -> Fit:
+    """As :func:`check`.
+
+    Args:
+        ours: it was started here, so its flags are right; vLLM takes long to tell them for the first time.
+
+    Raises:
+        RequestFailed: it does not answer.
+        EngineError: it does not fit.
+    """
+    models = await server.models()
     names = [str(model["id"]) for model in models]
     if BASE not in names:
         raise EngineError(
@@ -148,15 +152,10 @@ async def _check(server: VLLMServer, recipe: Recipe, folder: Path, ours: bool) -
             f"prompt and completion together may have {needed} (rollout.vllm.max_model_len)",
             f"start it with --max-model-len {needed}: memfactory serve-rollouts RECIPE",
         )
-    try:
-        await _check_version(server)
-        if not ours:
-            await _check_flags(server, recipe)
-    except RequestFailed as failed:
-        raise EngineError(
-            f"the vLLM server at {server.url} does not say what it is", failed.why, failed.fix
-        ) from failed
-    return longest if isinstance(longest, int) else None
+    await _check_version(server)
+    if not ours:
+        await _check_flags(server, recipe)
+    return Fit(longest if isinstance(longest, int) else None, 1 if ours else await server.engines())
 
 
 async def _check_flags(server: VLLMServer, recipe: Recipe) -> None:

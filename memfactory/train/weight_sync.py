@@ -58,18 +58,26 @@ def canary_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 @torch.no_grad()
 def score(model: Any, ids: Sequence[int], **options: Any) -> list[float]:
     """Log-probs of ``ids[1:]`` by `model`, at temperature 1; `options` go to its forward pass."""
-    tokens = torch.tensor([ids], device=model.device)  # (1, T)
-    logits = model(input_ids=tokens, use_cache=False, **options).logits[0, :-1].float()  # (T - 1, V)
-    picked = logits.log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
-    return [float(value) for value in picked]
+    return _picked(_logits(model, ids, **options), ids)
 
 
 @torch.no_grad()
-def score_after(model: Any, ids: Sequence[int], lengths: Sequence[int], **options: Any) -> Floats:
-    """Log-probs (P, V) of every token after the prefixes of `ids` of these P `lengths`; else as :func:`score`."""
+def _logits(model: Any, ids: Sequence[int], **options: Any) -> torch.Tensor:
+    """(T, V) in float32."""
     tokens = torch.tensor([ids], device=model.device)  # (1, T)
-    logits = model(input_ids=tokens, use_cache=False, **options).logits[0, [length - 1 for length in lengths]]
-    found: Floats = logits.float().log_softmax(-1).cpu().numpy()
+    logits: torch.Tensor = model(input_ids=tokens, use_cache=False, **options).logits[0].float()
+    return logits
+
+
+def _picked(logits: torch.Tensor, ids: Sequence[int]) -> list[float]:
+    """Log-probs of ``ids[1:]``."""
+    wanted = torch.tensor(ids[1:], device=logits.device)
+    return [float(value) for value in logits[:-1].log_softmax(-1).gather(1, wanted[:, None])[:, 0]]
+
+
+def _after(logits: torch.Tensor, lengths: Sequence[int], temperature: float) -> Floats:
+    """Log-probs (P, V) of every token after the prefixes of these P `lengths`."""
+    found: Floats = (logits[[length - 1 for length in lengths]] / temperature).log_softmax(-1).cpu().numpy()
     return found
 
 
@@ -89,6 +97,7 @@ class WeightSync(ABC):
         folder: where weights are written; the servers read it under the same path.
         tolerance: the recipe's `canary_tolerance`.
         autocast: context in which the trainer computes.
+        temperature: at which turns are drawn, and their log-probs trained.
     """
 
     pool: ServerPool
@@ -96,6 +105,7 @@ class WeightSync(ABC):
     tokenizer: PreTrainedTokenizerBase
     tolerance: float
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+    temperature: float = 1.0
     everywhere: bool = False
     """Each rank has servers of its own, and sends to them what the first one has written."""
     options: Callable[[int], dict[str, Any]] = lambda length: {}
@@ -134,33 +144,42 @@ class WeightSync(ABC):
         model.eval()
         ids = canary_ids(self.tokenizer)
         lengths = sorted({1 + place * (len(ids) - 1) // _DRAWN for place in range(1, _DRAWN + 1)})
+        plain, alone = self.temperature == 1.0, not self.pool.beside
+        if plain and alone:  # `ids` are scored too, and log-probs of draws at temperature 1 are hardly any others
+            lengths = lengths[:1]
         with self.autocast():
-            expected = score(model, ids, **self.options(len(ids)))
-            drawn = score_after(model, ids, lengths, **self.options(len(ids))) if self.pool.beside else None
+            logits = _logits(model, ids, **self.options(len(ids)))
             longer = (ids * (1 + _CACHED // len(ids)))[:_CACHED]
             following = NextToken(longer, score_next(model, longer), self._next_before) if self.whole else None
+        expected = _picked(logits, ids)
+        drawn, flat = (_after(logits, lengths, temperature) for temperature in (self.temperature, 1.0))
         ranks = Ranks()
         state = _whole(self.state(model), ranks.main)
         model.train(was_training)
-        prefixes = Prefixes(lengths, drawn, self._drawn_before) if drawn is not None else None
-        canary = Canary(ids, expected, self._before, self.tolerance, following, prefixes)
+        # one that is an update old is told by its scores, which are more; alone, a draw or eight may hardly move
+        drawn_before = None if alone else self._drawn_before
+        prefixes = Prefixes(lengths, drawn, drawn_before, self.temperature, None if plain else flat)
+        canary = Canary(ids, expected, self._before, self.tolerance, following, prefixes, alone)
         with ranks.together():
             name = f"{self.pool.family}{self._life}-v{self.count}"
-            weights = ranks.first(self._send(model, state, canary, name, version) if ranks.main else None)
-            if self.everywhere and not ranks.main:
+            weights = ranks.first(self._written(model, state, name, version) if ranks.main else None)
+            LOOP.start(self.pool.hold()).result()
+            ranks.gather([])  # no rank mends a server by the weights of before any more
+            if ranks.main or self.everywhere:
                 LOOP.start(self.pool.publish(weights, canary)).result()
             ranks.gather([])  # all have it: what is older may go
+            LOOP.start(self._adopted(weights, canary)).result()
             if ranks.main:
                 self._tidy()
-        self.pool.weights, self.pool.canary = weights, canary
         self._before, self._drawn_before = expected, drawn
         self._next_before = list(following.expected) if following is not None else None
         self.count += 1
         self.seconds += time.perf_counter() - start
 
-    def _send(
-        self, model: Any, state: dict[str, torch.Tensor], canary: Canary, name: str, version: int | None
-    ) -> Weights:
+    async def _adopted(self, weights: Weights, canary: Canary) -> None:
+        self.pool.adopt(weights, canary)
+
+    def _written(self, model: Any, state: dict[str, torch.Tensor], name: str, version: int | None) -> Weights:
         if not state:
             raise EngineError("there is no adapter to send", "the model has none", "add `lora: {}` to `model:`")
         spoilt = next((key for key, value in state.items() if not torch.isfinite(value).all()), None)
@@ -171,13 +190,11 @@ class WeightSync(ABC):
                 "go on from a checkpoint before it, at a lower rate",
             )
         final, partial = self.folder / name, self.folder / f".{name}.part"
-        with saving(partial, remove=True):
+        with saving(partial, remove=True, setting="rollout.vllm.adapters"):
             partial.mkdir(parents=True)
             self.write(model, state, partial)
             partial.rename(final)
-        weights = Weights(name, str(final.resolve()), self.whole, version)
-        LOOP.start(self.pool.publish(weights, canary)).result()
-        return weights
+        return Weights(name, str(final.resolve()), self.whole, version)
 
     def _tidy(self) -> None:
         for old in sorted(self.folder.iterdir(), key=lambda place: place.stat().st_mtime)[: -self.kept]:

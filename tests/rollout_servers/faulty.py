@@ -14,9 +14,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # `servers` is shared by fol
 
 from servers import LocalServer
 
-Fault = Callable[["FaultyServer", str, dict[str, Any], int], int | str | None]
-"""``fault(server, path, body, number)``: a status to answer, ``cut`` or ``garbage``, or None to answer well. `number`
-counts the requests to that path from 0."""
+Fault = Callable[["FaultyServer", str, dict[str, Any], int], int | str | float | None]
+"""``fault(server, path, body, number)``: a status to answer; ``cut`` (no reply), ``short`` (half a reply) or
+``garbage``; seconds (a float) after which to answer well; None: at once. `number` counts the requests to that path
+from 0."""
 
 
 class FaultyServer(LocalServer):
@@ -30,6 +31,11 @@ class FaultyServer(LocalServer):
     def __init__(self, fault: Fault | None = None, port: int = 0, weight: float = 1.0) -> None:
         super().__init__(port)
         self.fault, self.weight, self.version = fault, weight, "0.31.0"
+        self.info: dict[str, Any] | None = None
+        """Its configuration, where it is in its development mode."""
+        self.engines = 1
+        self.ranks: list[str | None] = []
+        """Engine that each request with a body was for."""
         self.adapters: dict[str, str] = {}
         self.seen: list[tuple[str, dict[str, Any]]] = []
         self._counts: dict[str, int] = {}
@@ -45,22 +51,33 @@ class FaultyServer(LocalServer):
             number = self._counts.get(path, 0)
             self._counts[path] = number + 1
             self.seen.append((path, body))
+            if body:
+                self.ranks.append(handler.headers.get("X-data-parallel-rank"))
         told = self.fault(self, path, body, number) if self.fault is not None else None
         if told == "cut":
             handler.close_connection = True
             return
+        if isinstance(told, float):
+            time.sleep(told)
+            told = None
         if isinstance(told, int):
             self._send(handler, told, {"error": {"message": "as told", "code": told}})
         elif told == "garbage":
             self._send(handler, 200, {"what": "is this"})
         else:
-            self._send(handler, *self._answer(path, body))
+            handler.close_connection = told == "short"
+            self._send(handler, *self._answer(path, body), short=told == "short")
 
     def _answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         if path == "/health":
             return 200, {}
         if path == "/version":
             return 200, {"version": self.version}
+        if path == "/server_info" and self.info is not None:
+            return 200, {"vllm_config": self.info}
+        if path == "/metrics":
+            lines = (f'vllm:num_requests_running{{engine="{n}",model_name="base"}} 0' for n in range(self.engines))
+            return 200, "\n".join(lines)
         if path == "/v1/models":
             models = [{"id": "base", "max_model_len": 512}, *({"id": name} for name in self.adapters)]
             return 200, {"data": models}
@@ -82,10 +99,10 @@ class FaultyServer(LocalServer):
         return 200, {"choices": [choice], "usage": {"prompt_tokens": len(body["prompt"]), "completion_tokens": 3}}
 
     @staticmethod
-    def _send(handler: BaseHTTPRequestHandler, status: int, body: Any) -> None:
-        content = json.dumps(body).encode()
+    def _send(handler: BaseHTTPRequestHandler, status: int, body: Any, short: bool = False) -> None:
+        content = (body if isinstance(body, str) else json.dumps(body)).encode()
         handler.send_response(status)
         handler.send_header("Content-Type", "application/json")
         handler.send_header("Content-Length", str(len(content)))
         handler.end_headers()
-        handler.wfile.write(content)
+        handler.wfile.write(content[: len(content) // 2] if short else content)

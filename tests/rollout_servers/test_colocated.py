@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-from memfactory.policy.vllm_process import MARK
+sys.path.insert(0, str(Path(__file__).parent))
+
+from vllm_serving import left_over
+
 from tests.engines import engine_python
 from tests.forked import Server
 
@@ -27,18 +30,6 @@ def command(folder: Path, *overrides: str) -> list[str]:
 
 def environ() -> dict[str, str]:
     return {"MEMFACTORY_VLLM_PYTHON": engine_python("vllm"), "VLLM_CPU_KVCACHE_SPACE": "1"}
-
-
-def left_over(folder: Path) -> list[psutil.Process]:
-    """Processes of a server that was started for `folder`; its mark is in their environment."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARK, "").startswith(str(folder)):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
 
 
 def test_all_weights_are_trained_with_one_command(forked: Server, tmp_path: Path) -> None:

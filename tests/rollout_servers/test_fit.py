@@ -14,8 +14,10 @@ from faulty import FaultyServer
 
 from memfactory.cli.recipes import find_recipe
 from memfactory.errors import EngineError
+from memfactory.policy.vllm_server import VLLMServer
 from memfactory.train.prepare import prepare
 from memfactory.train.run import train
+from memfactory.train.serving import check
 
 
 class Root(FaultyServer):
@@ -63,3 +65,46 @@ def test_a_version_that_was_not_tested(version: str, tmp_path: Path, monkeypatch
         told = started(server, tmp_path / "run", monkeypatch)
     assert f"runs vLLM {version}" in told
     assert "pip install" in told
+
+
+FITS = {"lora_config": {"max_lora_rank": 16}, "model_config": {"logprobs_mode": "LogprobsMode.PROCESSED_LOGPROBS"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"model_config": {"logprobs_mode": "raw_logprobs"}}, "--logprobs-mode processed_logprobs"),
+        ({"lora_config": None}, "--enable-lora --max-lora-rank 16"),
+        ({"lora_config": {"max_lora_rank": 8}}, "--max-lora-rank 16"),
+    ],
+)
+def test_a_flag_that_is_missing(
+    changes: dict[str, Any], flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FaultyServer() as server:
+        server.info = FITS | changes
+        told = started(server, tmp_path / "run", monkeypatch, "model.lora={r: 16}")
+    assert f"missing: {flag}" in told
+
+
+def test_too_few_places_for_the_adapters_of_an_asynchronous_run() -> None:
+    recipe = prepare(find_recipe("memagent/quickstart-vllm"), ["rollout.engine=async"], splits=()).recipe
+    with FaultyServer() as server:
+        server.info = FITS | {"lora_config": {"max_lora_rank": 64, "max_loras": 2}}
+        with pytest.raises(EngineError, match="missing: --max-loras 6"):
+            check(VLLMServer(server.url, recipe.rollout.vllm), recipe, Path())
+
+
+def test_whole_weights_and_a_server_without_its_development_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FaultyServer() as server:
+        told = started(server, tmp_path / "run", monkeypatch, "model.lora=null")
+    assert "start it with VLLM_SERVER_DEV_MODE=1" in told
+
+
+def test_a_server_of_several_engines_says_so() -> None:
+    recipe = prepare(find_recipe("memagent/quickstart-vllm"), [], splits=()).recipe
+    with FaultyServer() as server:
+        server.engines = 3
+        assert check(VLLMServer(server.url, recipe.rollout.vllm), recipe, Path()).engines == 3

@@ -73,6 +73,23 @@ def test_every_version_is_sampled_as_it_is(serving):
     assert held(serving) == {BASE}
 
 
+def test_the_canary_of_another_temperature_is_drawn_at_it(serving):
+    """And what vLLM reports of draws are the log-probs at that temperature: those that are trained."""
+    policy = serving.policy("warm", temperature=0.6)
+    model = serving.model(seed=1)
+    policy.use(model, 0)
+    assert policy.pool.canary.prefixes.temperature == 0.6
+    assert len(policy.pool.canary.prefixes.lengths) > 4
+    assert 0 < policy.pool.difference < 1e-4
+    turn = ask(policy, prompts(1))[0]
+    with torch.no_grad():
+        ids = torch.tensor([[*turn.prompt_ids, *turn.completion_ids]])
+        logits = model(input_ids=ids).logits[0, len(turn.prompt_ids) - 1 : -1] / 0.6
+    ours = logits.log_softmax(-1).gather(1, torch.tensor(turn.completion_ids)[:, None])[:, 0]
+    assert (torch.tensor(turn.logprobs) - ours).abs().max() < 1e-4
+    policy.close()
+
+
 def test_nothing_is_sent_twice(serving):
     policy = serving.policy("twice")
     policy.use(serving.model(1), 5)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -27,7 +28,7 @@ from memfactory.policy.models import load_checkpoint
 from memfactory.policy.tiny import tiny_tokenizer
 from memfactory.policy.transformers_backend import TransformersPolicy
 from memfactory.policy.vllm_policy import VLLMPolicy
-from memfactory.policy.vllm_process import RolloutServer, ServerOptions, arguments, environment
+from memfactory.policy.vllm_process import MARK, RolloutServer, ServerOptions, arguments, environment
 from memfactory.recipe import Recipe, TinyModel
 from memfactory.train.prepare import prepare
 from memfactory.train.serving import served
@@ -118,10 +119,10 @@ class Serving:
                     weight.data.normal_(0, 0.2, generator=draw)
         return model.eval()
 
-    def policy(self, run: str = "run", **vllm: Any) -> VLLMPolicy:
+    def policy(self, run: str = "run", temperature: float = 1.0, **vllm: Any) -> VLLMPolicy:
         """A policy that samples from the server, as the trainer makes it."""
         tokenizer = tiny_tokenizer(WORDS)
-        inner = TransformersPolicy(self.model(), tokenizer, sampling=Sampling(1.0))
+        inner = TransformersPolicy(self.model(), tokenizer, sampling=Sampling(temperature))
         return served(self.recipe(**vllm), inner, self.folder / run)
 
 
@@ -145,3 +146,15 @@ def fresh_logprobs(model: Any, turn: Turn) -> torch.Tensor:
     ids = torch.tensor([[*turn.prompt_ids, *turn.completion_ids]])
     logits = model(input_ids=ids).logits[0, len(turn.prompt_ids) - 1 : -1]
     return logits.log_softmax(-1).gather(1, torch.tensor(turn.completion_ids)[:, None])[:, 0]
+
+
+def left_over(folder: Path) -> list[psutil.Process]:
+    """Processes of a server that was started for `folder`; its mark is in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK, "").startswith(str(folder)):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
