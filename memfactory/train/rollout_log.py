@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -54,6 +54,30 @@ def rollout_metrics(
             metrics[f"groups/{state}_share"] = advantages.share(state)
         metrics["frac_reward_zero_std"] = advantages.dead_share
     return metrics
+
+
+def over_ranks(measured: Mapping[str, float], ranks: Ranks) -> dict[str, float]:
+    """What all ranks measured of the servers (:meth:`VLLMPolicy.metrics`); every rank must call it.
+
+    Counts are summed. The largest `canary_difference` and `taken_out` are told: all ranks ask the same servers. Means
+    and rates are weighted by the requests of each rank.
+    """
+    every = ranks.gather([dict(measured)])
+    told: dict[str, float] = {}
+    for name in dict.fromkeys(name for own in every for name in own):
+        values = [(own[name], own.get("requests", 0.0)) for own in every if name in own]
+        if name in ("canary_difference", "taken_out"):
+            told[name] = max(value for value, _ in values)
+        elif name in ("latency", "wait") or name.endswith("_rate"):
+            weights = sum(weight for _, weight in values)
+            told[name] = (
+                math.fsum(value * weight for value, weight in values) / weights
+                if weights
+                else math.fsum(value for value, _ in values) / len(values)
+            )
+        else:
+            told[name] = math.fsum(value for value, _ in values)
+    return told
 
 
 def log_rollout(

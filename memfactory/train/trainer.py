@@ -64,7 +64,7 @@ from memfactory.train.learners import Learners
 from memfactory.train.ledger import Ledger, Played, play
 from memfactory.train.passes import Pass, plan_passes
 from memfactory.train.ranks import Ranks
-from memfactory.train.rollout_log import log_rollout, rollout_metrics
+from memfactory.train.rollout_log import log_rollout, over_ranks, rollout_metrics
 from memfactory.train.rows import Row, build_rows, collate, loss_weights
 from memfactory.train.scoring import CompletionScorer
 from memfactory.train.sealed import NUMPY, load_state, reading, sealed, state_file
@@ -331,7 +331,8 @@ class EpisodeGRPOTrainer(GRPOTrainer):
 
         for name, value in self._learn(episodes).items():
             self._metrics["train"][name].append(value)
-        for name, value in self.policy.metrics().items():
+        measured = self.policy.metrics()
+        for name, value in (over_ranks(measured, self.ranks) if self.policy.elsewhere else measured).items():
             self._metrics["train"][f"{'server' if self.policy.elsewhere else 'tokens'}/{name}"].append(value)
         buffer = self._micro_batches(episodes)
         self._enter_into_ledger(
