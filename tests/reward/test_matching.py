@@ -84,9 +84,9 @@ def squad_f1(answer, gold):
     return 2 * precision * recall / (precision + recall)
 
 
-sentences = st.lists(st.sampled_from(["the", "A", "cat", "Cat.", "sat", "mat!", "x-y", "é", "12"]), max_size=8).map(
-    " ".join
-)
+sentences = st.lists(
+    st.sampled_from(["the", "A", "an", "and", "cat", "Cat.", "sat", "mat!", "x-y", "é", "12"]), max_size=8
+).map(" ".join)
 
 
 @given(sentences, st.lists(sentences, max_size=3))
@@ -99,6 +99,13 @@ def test_equals_squad(answer, gold):
         for g in map(squad_normalise, gold)
     )
     assert contains(answer, gold) == inside
+
+
+@given(sentences | st.text(), sentences | st.text())
+def test_token_f1_and_exact_match_are_those_that_transformers_has_for_squad(answer, gold):
+    squad = pytest.importorskip("transformers.data.metrics.squad_metrics")
+    assert token_f1(answer, [gold]) == pytest.approx(squad.compute_f1(gold, answer))
+    assert exact_match(answer, [gold]) == bool(squad.compute_exact(gold, answer))
 
 
 @given(st.text(), st.lists(st.text(), max_size=3))
