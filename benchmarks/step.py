@@ -148,7 +148,7 @@ def rates(result: dict[str, Any]) -> dict[str, float | None]:
     }
 
 
-def ratios(best: dict[str, dict[str, Any]], *, larger: bool = False) -> list[Ratio]:
+def ratios(best: dict[str, dict[str, Any]], *, larger: bool = False, alone: bool = False) -> list[Ratio]:
     """Ours against each of the others, with the project's targets."""
 
     def quotient(a: str, b: str, phase: str = "") -> float | None:
@@ -157,6 +157,8 @@ def ratios(best: dict[str, dict[str, Any]], *, larger: bool = False) -> list[Rat
         first, second = (best[name]["seconds"][phase] if phase else best[name]["total_seconds"] for name in (a, b))
         return first / second
 
+    if alone:
+        return [Ratio("ours / prefixes not shared, seconds a step", quotient("ours", "ours_unshared"), high=1.03)]
     own = rates(best["ours"]) if "ours" in best else {}
     unshared = rates(best["ours_unshared"]) if "ours_unshared" in best else {}
     shared = [
@@ -296,6 +298,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget", type=int, default=2048, help="token positions of a training pass")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--alone", action="store_true", help="no prompt begins like another (ours, ours_unshared)")
     parser.add_argument("--json", type=Path, help="write the raw figures here")
     parser.add_argument(
         "--in-process", action="store_true", help="all in one process: quick for tests, but memory is not told apart"
@@ -306,6 +309,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     known = (*CONTESTANTS, "ours_bf16")
     options.names = options.only.split(",") if options.only else [*CONTESTANTS, *["ours_bf16"] * options.bf16]
+    if options.alone and not set(options.names) <= {"ours", "ours_unshared"}:
+        parser.error("--alone: only ours and ours_unshared have such a workload; add --only ours,ours_unshared")
     for name in options.names:
         if name not in known:
             parser.error(f"--only: no contestant is called '{name}'; choose from {', '.join(known)}")
@@ -341,7 +346,7 @@ def main() -> None:
         specs = [
             Spec(
                 str(folder), tasks, options.group, chunks, options.chunk_tokens, options.new_tokens, options.budget,
-                options.threads, options.seed,
+                options.threads, options.seed, options.alone,
             )
             for tasks, chunks in sizes
         ]  # fmt: skip
@@ -356,14 +361,14 @@ def main() -> None:
     report = {
         "schema": 1,
         "model": options.model,
-        "workload": size | {"seed": options.seed},
+        "workload": size | {"seed": options.seed, "alone": options.alone},
         "reference": options.model == "smollm2" and size in (REFERENCE, LARGER),
         "machine": facts,
         "results": best,
         "rates": {name: rates(result) for name, result in best.items()},
         "ratios": [
             {"name": ratio.name, "value": ratio.value, "target": ratio.target, "met": ratio.met}
-            for ratio in ratios(best, larger=size == LARGER)
+            for ratio in ratios(best, larger=size == LARGER, alone=options.alone)
         ],
         "scaling": scaling([best["ours"], *grown]) if "ours" in best else [],
         "runs": runs,

@@ -18,7 +18,7 @@ from typing import Any
 from memfactory.agents import MemAgent
 from memfactory.environments.base import Split
 from memfactory.environments.people_codes import PeopleCodes
-from memfactory.episode import Episode, Message, Task
+from memfactory.episode import Episode, Message, Task, Turn
 from memfactory.memory import TextMemory
 from memfactory.modules import AnswerState, WriteState
 from memfactory.modules.prompts import PROMPT_SETS
@@ -43,6 +43,8 @@ class Spec:
     """Token positions of one training pass (ours and handwritten)."""
     threads: int = 2
     seed: int = 0
+    alone: bool = False
+    """Every prompt begins with words of its own: what is left to share is the chat template's first tokens."""
 
     @property
     def episodes(self) -> int:
@@ -82,9 +84,33 @@ class ScriptedAgent:
         sample = self.runs.get(task.id, 0)
         self.runs[task.id] = sample + 1
         number = [known.id for known in self.workload.tasks].index(task.id)
+        if self.workload.spec.alone:
+            policy = Alone(policy, f"{sample} {number}")
         return await self.workload.agent.run(
             task, policy, ScriptedMemory(self.workload.notes(number, sample % self.workload.spec.group))
         )
+
+
+@dataclass
+class Alone:
+    """A policy that is told something else before every prompt, so that none begins like another."""
+
+    policy: Policy
+    name: str
+    """Of the episode."""
+    turns: int = 0
+
+    @property
+    def greedy(self) -> bool:
+        return self.policy.greedy
+
+    def split(self, text: str, max_tokens: int) -> list[str]:
+        return self.policy.split(text, max_tokens)
+
+    async def generate(self, messages: list[Message], *, module: str, max_tokens: int) -> Turn:
+        self.turns += 1
+        first: Message = {"role": "system", "content": f"{self.turns} {self.name}"}
+        return await self.policy.generate([first, *messages], module=module, max_tokens=max_tokens)
 
 
 class Workload:

@@ -13,11 +13,14 @@ from memfactory.policy.prefix_sharing import common
 from memfactory.train.rows import Row
 
 SCORED = 1
-"""Positions that the log-prob of a token counts for beside its own, where prefixes are shared. A larger part of such a
-pass is scored, so the head works on more tokens at once, and keys of the prefix are gathered for each row. With this a
-pass takes no more memory than one of separate rows of the same budget (docs/prefix-sharing.md)."""
+"""Positions that the log-prob of a token counts for beside its own, where prefixes are shared: a larger part of such a
+pass is scored, so the head works on more tokens at once."""
+GATHERED = 0.04
+"""Positions that each id of a row counts for beside: its key and value are gathered, in every layer. With both a pass
+takes no more memory than one of separate rows of the same budget (docs/prefix-sharing.md)."""
 PASS = 0.02
 """What a pass costs beside its positions, as a share of the budget: of two equal ways to cut, fewer passes win."""
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,19 +84,19 @@ def cut_shared(rows: Sequence[Row], budget: int, *, stems: bool = False) -> list
         stems: what a micro-batch has in common with the one before may be a stem (:func:`stems_of`).
     """
     ordered = sorted(rows, key=_ids)
-    own = [row.length + SCORED * len(row.completion_ids) for row in ordered]
+    own = [(1 + GATHERED) * row.length + SCORED * len(row.completion_ids) for row in ordered]
     shared = [0, *(common(_ids(one), _ids(other)) for one, other in pairwise(ordered))]
     fewest, begins = [0.0], [0]  # for the rows before each one: cost in positions, and where their last cut begins
     for end in range(1, len(ordered) + 1):
-        best, begin, beyond, prompt = float("inf"), end - 1, 0, ordered[end - 1].length
+        best, begin, beyond, prompt = float("inf"), end - 1, 0.0, ordered[end - 1].length
         for start in range(end - 1, -1, -1):
             prompt = min(prompt, len(ordered[start].prompt_ids))
             beyond += own[start] - shared[start]  # positions that rows before `start` have not computed
-            if beyond > budget and start < end - 1:
+            if beyond > budget + _ROUNDING and start < end - 1:
                 break
             stem = _stem(shared[start], prompt, budget) if stems else 0
             size = beyond + shared[start] - stem
-            if size > budget and start < end - 1:
+            if size > budget + _ROUNDING and start < end - 1:
                 continue
             cost = fewest[start] + size + (_stem_cost(stem, budget) if stem else 0) + PASS * budget
             if cost < best:
