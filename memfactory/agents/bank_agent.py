@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 from memfactory.agents.asking import ask
+from memfactory.agents.base import Longest
 from memfactory.episode import Answer, Episode, Operation, Probe, Retrieved, Task, Turn
 from memfactory.errors import DataError, MemFactoryError, RecipeErrors, attempt
 from memfactory.loops import together
@@ -114,6 +115,44 @@ class BankAgent:
         """What the answer sees when the bank holds `texts` and nothing else."""
         entries = tuple(Entry(f"e{place}", text, owner=task.id) for place, text in enumerate(texts, 1) if text)
         return EntriesState(probe.question, entries, str(task.metadata.get("asked_on", "")))
+
+    def longest(self, task: Task, chunks: Sequence[str]) -> list[Longest]:
+        """The longest prompts on `task`. An entry can be as long as a reply that wrote it, or as what was given."""
+        given = [str(entry.get("text") or "") for entry in task.metadata.get("memory", ())]
+        sessions, asked = task.metadata.get("sessions", ()), str(task.metadata.get("asked_on", ""))
+        question = max((probe.question for probe in task.probes), key=len, default="")
+        entry = self.max_update_tokens if hasattr(self.updater, "render") else self.max_extract_tokens
+        written = 0 if not chunks and given else entry
+        found = []
+        if chunks and hasattr(self.extractor, "render"):
+            place = max(range(len(chunks)), key=lambda place: len(chunks[place]))
+            session = sessions[place] if place < len(sessions) else {}
+            who = tuple(session.get("speakers", ()))
+            state = ReadState(chunks[place], str(session.get("when", "")), str(session.get("time", "")), who, *who[:1])
+            read = self.extractor.render(state)
+            fix = "let the environment cut shorter chunks, or lower agent.max_extract_tokens"
+            found.append(Longest("a turn that reads", self.extractor.name, read, 0, self.max_extract_tokens, fix))
+        if chunks and hasattr(self.updater, "render"):
+            most = self.max_extract_tokens + self.retriever.related * entry
+            update = self.updater.render(UpdateState((), ()))
+            fix = "lower agent.retrieve.related or agent.max_update_tokens"
+            found.append(
+                Longest("an update", self.updater.name, update, most, self.max_update_tokens, fix, likely=False)
+            )
+        shown = self.retriever.k
+        fix = "lower agent.retrieve.k or the token limits of the agent"
+        if self.reranker is not None:
+            if hasattr(self.reranker, "render"):
+                choose = self.reranker.render(ChooseState(question, (), self.reranker.m))
+                limit = self.max_rerank_tokens
+                found.append(
+                    Longest("a reranking", self.reranker.name, choose, shown * written, limit, fix, likely=False)
+                )
+            shown = self.reranker.m
+        answer = self.answerer.render(EntriesState(question, (), asked))
+        limit = self.max_answer_tokens
+        found.append(Longest("an answer", self.answerer.name, answer, shown * written, limit, fix, likely=False))
+        return found
 
     def restore(self, snapshot: BankSnapshot) -> EntryBank:
         """A bank of its own in the state of `snapshot`, which stays as it is: where re-rolls begin."""

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from memfactory.agents.asking import ask
+from memfactory.agents.base import Longest
 from memfactory.episode import Answer, Episode, Probe, Task
 from memfactory.errors import DataError
 from memfactory.memory import TextMemory
@@ -111,6 +112,21 @@ class MemAgent:
     def answer_state(self, task: Task, probe: Probe, texts: Sequence[str]) -> AnswerState:
         """What the answer sees when its memory is `texts`."""
         return AnswerState(probe.question, "\n".join(texts))
+
+    def longest(self, task: Task, chunks: Sequence[str]) -> list[Longest]:
+        """The longest prompts on `task`, cut into `chunks`: the memory can be as long as a reply that wrote it."""
+        question = "\n".join(probe.question for probe in task.probes)
+        asked = max((probe.question for probe in task.probes), key=len, default="")
+        read = self.writer.render(WriteState(question, max(chunks, key=len, default=""), ""))
+        memory, answer = self.max_memory_tokens, self.max_answer_tokens
+        shorter = "use smaller chunks (agent.chunk_tokens) or a shorter memory (agent.max_memory_tokens)"
+        fix = "use a shorter memory (agent.max_memory_tokens) or answer (agent.max_answer_tokens)"
+        return [
+            Longest("a turn that reads", self.writer.name, read, memory, memory, shorter),
+            Longest(
+                "an answer", self.answerer.name, self.answerer.render(AnswerState(asked, "")), memory, answer, fix
+            ),
+        ]
 
     async def run(self, task: Task, policy: Policy, store: TextMemory | None = None) -> Episode:
         memory = store if store is not None else TextMemory()

@@ -150,20 +150,45 @@ def check_candidate(candidate: Candidate, recipe: Recipe, tokenizer: Any) -> Non
                 "this adapter was trained on a warmed-up model, which lies in `initial` in its run folder",
                 "name the checkpoint inside its run folder",
             )
-        return
-    known: int | None = _json(folder / "config.json").get("vocab_size")
-    if isinstance(known, int) and known < len(tokenizer):
-        why = f"it knows {known} tokens, and the recipe's tokenizer has {len(tokenizer)}"
-        raise EngineError(f"{folder}: a checkpoint of another base", why, fix)
+    else:
+        known: int | None = _json(folder / "config.json").get("vocab_size")
+        if isinstance(known, int) and known < len(tokenizer):
+            why = f"it knows {known} tokens, and the recipe's tokenizer has {len(tokenizer)}"
+            raise EngineError(f"{folder}: a checkpoint of another base", why, fix)
+        own, wanted_shape = _json(folder / "config.json"), _shape(recipe, tokenizer)
+        for name in ("model_type", "hidden_size", "num_hidden_layers"):
+            if name in own and name in wanted_shape and own[name] != wanted_shape[name]:
+                why = f"its {name} is {own[name]}, and that of the recipe's model {wanted_shape[name]}"
+                raise EngineError(f"{folder}: a checkpoint of another base", why, fix)
     if (folder / "tokenizer.json").is_file():
         from tokenizers import Tokenizer
 
-        own = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+        words = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
         other = tokenizer.get_vocab()
-        if own != other:
-            differ = sorted(word for word in own.keys() | other.keys() if own.get(word) != other.get(word))
+        if words != other:
+            differ = sorted(word for word in words.keys() | other.keys() if words.get(word) != other.get(word))
             why = f"{len(differ)} tokens have other ids than in the recipe's, e.g. {differ[0]!r}"
             raise EngineError(f"{folder}: a checkpoint with another tokenizer", why, fix)
+
+
+def _shape(recipe: Recipe, tokenizer: Any) -> dict[str, Any]:
+    """Configuration of the recipe's own model; empty where it cannot be read, which loading it will say."""
+    from transformers import AutoConfig
+
+    from memfactory.policy.models import locate
+    from memfactory.policy.tiny import tiny_config
+
+    model = recipe.model
+    if model.tiny is not None:
+        return dict(tiny_config(model.tiny, tokenizer).to_dict())
+    try:
+        source, packaged = locate(str(model.name))
+        gguf = model.gguf_file or packaged
+        options = {"gguf_file": gguf} if gguf else {}
+        found = AutoConfig.from_pretrained(source, trust_remote_code=model.trust_remote_code, **options)
+    except (OSError, ValueError, RecipeError):
+        return {}
+    return dict(found.to_dict())
 
 
 def _same(base: str, wanted: str) -> bool:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from memfactory.agents.base import Agent
-from memfactory.agents.memagent import MemAgent
+from memfactory.agents.base import Agent, Longest
 from memfactory.errors import DataError, EngineError, RecipeError
 from memfactory.evaluate.candidates import Candidate
 from memfactory.evaluate.failures import too_many
 from memfactory.evaluate.rows import Measured
-from memfactory.modules import WriteState
 from memfactory.policy.models import locate
 from memfactory.policy.rendering import pieces, prompt_of
 from memfactory.recipe import Recipe
@@ -64,45 +62,56 @@ def check_context(
         max_failed_share: of a suite's tasks that may be refused; they are then counted as failed.
 
     Returns:
-        notes on suites some of whose tasks will fail.
+        notes on suites some of whose tasks will fail, or may.
 
     Raises:
         DataError: more of them are refused.
-        EngineError: a writing turn cannot fit the model.
+        EngineError: the longest prompt of a turn does not fit the model, see the agent's `longest`.
     """
     notes = []
     cutter: Any = _Cutter(tokenizer)
     chunks: Any = getattr(agent, "chunks", None)
+    prompts: Any = getattr(agent, "longest", None)
     for suite in suites:
         refused: list[DataError] = []
-        longest: tuple[int, str, str] = (0, "", "")
+        longest: dict[str, Longest] = {}
         for task in suite.tasks if chunks is not None else ():
             try:
                 cut = chunks(task, cutter)
             except DataError as error:
                 refused.append(error)
                 continue
-            most = max(cut, key=len, default="")
-            longest = max(longest, (len(most), "\n".join(probe.question for probe in task.probes), most))
+            for prompt in prompts(task, cut) if prompts is not None and limit is not None else ():
+                if prompt.what not in longest or _length(prompt) > _length(longest[prompt.what]):
+                    longest[prompt.what] = prompt
         if refused:
             first = refused[0]
             what = f"{suite.name}: {len(refused)} of {len(suite.tasks)} tasks are refused, first {first.what}"
             if too_many(len(refused), len(suite.tasks), max_failed_share):
                 raise DataError(what, first.why, first.fix)
             notes.append(f"{what}: {first.why}")
-        if isinstance(agent, MemAgent) and limit is not None and longest[0]:
-            _check_write(agent, suite.name, longest[1], longest[2], tokenizer, limit)
+        if limit is not None:
+            for prompt in longest.values():
+                notes += _check_fits(prompt, suite.name, tokenizer, limit)
     return notes
 
 
-def _check_write(agent: MemAgent, suite: str, question: str, chunk: str, tokenizer: Any, limit: int) -> None:
-    messages = agent.writer.render(WriteState(question, chunk, ""))
-    prompt = len(prompt_of(tokenizer, messages, agent.writer.name, {}))
-    needed = prompt + 2 * agent.max_memory_tokens
-    if needed > limit:
+def _length(prompt: Longest) -> int:
+    return sum(len(message["content"]) for message in prompt.messages)
+
+
+def _check_fits(prompt: Longest, suite: str, tokenizer: Any, limit: int) -> list[str]:
+    """Fail where `prompt` cannot fit, or is likely not to; a note where only many long replies can bring it there."""
+    given = len(prompt_of(tokenizer, prompt.messages, prompt.module, {}))
+    needed = given + prompt.written + prompt.reply
+    if needed <= limit:
+        return []
+    if prompt.likely or given + prompt.reply > limit:
         raise EngineError(
-            f"{suite}: a turn that reads does not fit the model",
-            f"{prompt} tokens of question and chunk, {agent.max_memory_tokens} of memory and as many new ones are "
-            f"{needed}, of {limit} positions",
-            "use smaller chunks (agent.chunk_tokens) or a shorter memory (agent.max_memory_tokens)",
+            f"{suite}: {prompt.what} does not fit the model",
+            f"{given} tokens of what is given, up to {prompt.written} of what was written before and {prompt.reply} "
+            f"new ones are {needed}, of {limit} positions",
+            prompt.fix,
         )
+    why = f"{given} tokens, {prompt.reply} new ones and up to {prompt.written} of entries, of {limit} positions"
+    return [f"{suite}: {prompt.what} may come to be too long for the model: {why}; {prompt.fix}"]

@@ -10,6 +10,7 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,11 +21,16 @@ pytest.importorskip("torch")
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from memfactory.agents import build_agent
+from memfactory.episode import Probe, Task
 from memfactory.errors import DataError, EngineError, MemFactoryError, RecipeError
 from memfactory.evaluate import fingerprints
 from memfactory.evaluate.candidates import find_candidates, weights_fingerprint
 from memfactory.evaluate.job import Asked, Done, _plan, run_evaluation
+from memfactory.evaluate.preflight import check_context
 from memfactory.modules.prompts import PROMPT_SETS, PromptOrder
+from memfactory.policy.rendering import prompt_of
+from memfactory.policy.tiny import tiny_tokenizer
 from memfactory.recipe import load_recipe
 from memfactory.train.callbacks import progress_bar
 from memfactory.train.prepare import prepare
@@ -356,6 +362,21 @@ def test_what_is_refused_before_a_model_is_loaded(refused: Any, trained: Path, t
     text = refused(checkpoints=[other])
     assert "2 tokens have other ids than in the recipe's" in text
     assert "RUN/recipe.yaml" in text
+    # an adapter's, too
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "tokenizer.json").write_text(json.dumps(told))
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(trained / "initial")}))
+    own = (f"model={{name: {trained / 'initial'}}}", "warmup=null")
+    assert "2 tokens have other ids than in the recipe's" in refused(*own, checkpoints=[adapter])
+    # another base with the same tokenizer
+    (other / "tokenizer.json").write_bytes((trained / "model" / "tokenizer.json").read_bytes())
+    config = json.loads((other / "config.json").read_text())
+    for name, value in (("model_type", "llama"), ("hidden_size", 48), ("num_hidden_layers", 7)):
+        (other / "config.json").write_text(json.dumps(config | {name: value}))
+        for overrides in ((), own):
+            text = refused(*overrides, checkpoints=[other])
+            assert f"its {name} is {value}, and that of the recipe's model {config[name]}" in text
     # another base
     (other / "config.json").write_text(json.dumps({"vocab_size": 7}))
     assert "it knows 7 tokens" in refused(checkpoints=[other])
@@ -370,6 +391,8 @@ def test_what_is_refused_before_a_model_is_loaded(refused: Any, trained: Path, t
     text = refused(f"agent.max_memory_tokens={limit}")
     assert "a turn that reads does not fit the model" in text
     assert f"of {limit} positions" in text
+    text = refused(f"agent.max_answer_tokens={limit}")
+    assert "recipe: an answer does not fit the model" in text
     # suites, judge, endpoint
     text = refused(suites=["locomo", "nothing"])
     assert "--suite: 2 errors" in text
@@ -377,6 +400,29 @@ def test_what_is_refused_before_a_model_is_loaded(refused: Any, trained: Path, t
     assert "the recipe names no judge" in refused(judge=True)
     assert "an endpoint needs both" in refused(endpoint="http://localhost:9/v1")
     assert "check the address and that it runs" in refused(endpoint="http://localhost:9/v1", model="m")
+
+
+@pytest.mark.parametrize("name", ["compose", "memory_r1", "rmm_grpo"])
+def test_prompts_of_bank_agents_are_checked(name: str) -> None:
+    """By a tokenizer with a token for each word, so that everything can be counted by hand."""
+    words = [f"w{n}" for n in range(50)]
+    tokenizer = tiny_tokenizer(words)
+    agent = build_agent(name, {"max_extract_tokens": 10, "max_update_tokens": 20, "max_answer_tokens": 30})
+    task = Task("t", ("w1 w2", " ".join(words)), (Probe("w1 w2 w3", ("w4",)), Probe("w1", ("w4",))))
+    suite: Any = SimpleNamespace(name="own", tasks=[task])
+    prompts = {prompt.what: prompt for prompt in agent.longest(task, task.stream)}
+    read = len(prompt_of(tokenizer, prompts["a turn that reads"].messages, "extract", {}))
+    assert " ".join(words) in prompts["a turn that reads"].messages[0]["content"]
+    assert "w1 w2 w3" in prompts["an answer"].messages[0]["content"]
+    assert {"a turn that reads", "an update", "an answer"} <= set(prompts)
+    assert ("a reranking" in prompts) == (name == "rmm_grpo")
+    # each turn with nothing written before fits, and all entries together do not: it is said and goes on
+    sure = max(len(prompt_of(tokenizer, p.messages, p.module, {})) + p.reply for p in prompts.values())
+    notes = check_context(agent, [suite], tokenizer, sure, 0.25)
+    assert any("own: an answer may come to be too long for the model" in note for note in notes)
+    assert check_context(agent, [suite], tokenizer, 10**6, 0.25) == []
+    with pytest.raises(EngineError, match="own: a turn that reads does not fit the model"):
+        check_context(agent, [suite], tokenizer, read + 9, 0.25)
 
 
 def test_a_folder_is_one_evaluations(trained: Path, tmp_path: Path) -> None:
