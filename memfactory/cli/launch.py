@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +13,7 @@ from rich.console import Console
 
 from memfactory.cli.options import Overrides, RecipeName, Resume, StartOver, check_resume
 from memfactory.cli.recipes import find_recipe
+from memfactory.cli.versions import check_versions
 from memfactory.errors import DataError, MemFactoryError, RecipeErrors, attempt
 
 if TYPE_CHECKING:
@@ -64,6 +64,9 @@ def launch(
     ] = None,
 ) -> None:
     """Train on several processes: print the plan, write its files, start it with accelerate or SLURM."""
+    path = find_recipe(recipe)
+    if not dry_run:  # which may plan for an environment that is elsewhere
+        check_versions()
     from memfactory.launch.files import write
     from memfactory.launch.plan import Request, folder_errors, show, start_errors
     from memfactory.launch.slurm import sbatch_options, submit
@@ -73,8 +76,10 @@ def launch(
     check_resume(resume, start_over)
     request = Request(config, gpus, processes, nodes, rollout_nodes, slurm, port, node_rank, address)
     options = sbatch_options(sbatch or [])
-    plan = checked(find_recipe(recipe), overrides or [], request, batch, console)
+    plan = checked(path, overrides or [], request, batch, console)
     show(plan, console)
+    if plan.settings.deepspeed_engine and not dry_run:
+        check_versions("deepspeed")
     problems: list[MemFactoryError] = []
     if slurm:
         problems = [] if start_over or dry_run else folder_errors(plan.recipe)
@@ -137,8 +142,8 @@ def _prepared(path: Path, overrides: list[str], console: Console | None) -> Prep
 
 
 def accelerate_command(plan: Plan, request: Request, files: Files, resume: bool) -> list[str]:
-    """What starts the processes of this machine."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(files.accelerate)]
+    """What starts the processes of this machine: accelerate, and nothing between its processes and signals."""
+    command = [sys.executable, "-m", "memfactory.launch.start", "--config_file", str(files.accelerate)]
     if plan.nodes > 1:
         command += ["--machine_rank", str(request.node_rank or 0), "--main_process_port", str(plan.port)]
         command += ["--main_process_ip", request.address or "ADDRESS"]
@@ -146,13 +151,8 @@ def accelerate_command(plan: Plan, request: Request, files: Files, resume: bool)
     return [*command, "--resume"] if resume else command
 
 
-SHUTDOWN_SECONDS = 600
-"""How long processes may take to finish their step and save after Ctrl-C, before torchrun ends them."""
-
-
 def start(command: list[str]) -> None:
     """Become `command`: signals go to it, and its exit code is ours."""
-    environ = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS)} | os.environ
-    if os.name == "nt":  # exec on Windows returns to the shell before the command has ended
-        raise typer.Exit(subprocess.call(command, env=environ))
-    os.execve(command[0], command, environ)
+    from memfactory.launch.start import become
+
+    become(command, dict(os.environ))

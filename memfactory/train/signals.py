@@ -14,7 +14,7 @@ from memfactory.train.ranks import Ranks
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 _SAME = 0.5
-"""A launcher passes on what the terminal sent to all: within this time a second SIGINT is the first. Unit: seconds."""
+"""A launcher passes on what the terminal sent to all: within this time a second one is the first. Unit: seconds."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -34,7 +34,8 @@ class StopOnSignal(TrainerCallback):
 
     While it trains, the first signal lets the step be finished, a checkpoint be saved, and the run stop; at any other
     time it raises :class:`Interrupted` at once. A second SIGINT raises KeyboardInterrupt in any case. Where several
-    processes train, one of them that got the signal is enough: they agree after every step.
+    processes train, one of them that got the signal is enough: they agree after every step. There SIGTERM is the
+    second SIGINT, where the first signal was one: that is how torchrun passes a second Ctrl-C on.
     """
 
     def __init__(self, console: Console) -> None:
@@ -43,7 +44,8 @@ class StopOnSignal(TrainerCallback):
         """The signal; 0 while there was none."""
         self.opened = False
         """The run has its folder: from then on its summary says how it was stopped."""
-        self._since = 0.0
+        self._own: tuple[int, float] | None = None
+        """The first signal that this process itself got, and when; the others may have told it before."""
         self._training = False
         self._before: dict[int, Any] = {}
 
@@ -67,12 +69,16 @@ class StopOnSignal(TrainerCallback):
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
+        first, self._own = self._own, self._own or (number, now)
         if self.number:
-            passed_on = Ranks().count > 1 and now - self._since < _SAME
-            if number == signal.SIGINT and not passed_on:
+            if first is None:  # what the others have told was this one, which is late
+                return
+            several = Ranks().count > 1
+            again = number == signal.SIGINT or (several and number == signal.SIGTERM and first[0] == signal.SIGINT)
+            if again and not (several and now - first[1] < _SAME):
                 raise KeyboardInterrupt
             return
-        self.number, self._since = number, now
+        self.number = number
         if not self._training:
             raise Interrupted
         self.console.print("[yellow]stopping after this step, with a checkpoint (Ctrl-C again: at once)[/yellow]")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -134,11 +135,11 @@ def test_servers_run_beside_the_trainers_and_end_with_them(tmp_path: Path, clust
         "#!/usr/bin/env bash\ntrap 'echo ended >> \"$FAKE_FOLDER/server\"; exit 143' TERM\n"
         'echo "$FAKE_HOST $*" > "$FAKE_FOLDER/server"\nwhile :; do sleep 0.1; done\n'
     )
-    (programs / "accelerate").write_text(
+    (programs / "python").write_text(
         '#!/usr/bin/env bash\nprintf "%s\\n" "$@" > "$FAKE_FOLDER/trainer"\n'
         'until [[ -e "$FAKE_FOLDER/server" ]]; do sleep 0.1; done\n'
     )
-    for name in ("memfactory", "accelerate"):
+    for name in ("memfactory", "python"):
         (programs / name).chmod(0o755)
     path = script(tmp_path, trainer_nodes=1, rollout_nodes=1, gpus=4, outage=3600.0)
     done = subprocess.run(["bash", path], env=cluster, capture_output=True, text=True, timeout=60, check=False)
@@ -149,20 +150,68 @@ def test_servers_run_beside_the_trainers_and_end_with_them(tmp_path: Path, clust
     )
     assert ended == "ended", "the server outlived the job"
     told = (tmp_path / "trainer").read_text().splitlines()
+    assert told[:2] == ["-m", "memfactory.launch.start"]
     assert told[-2:] == ["rollout.vllm.base_urls=[http://localhost:8000]", "rollout.vllm.outage=3600"]
     assert told[told.index("--machine_rank") + 1] == "0"
     assert told[told.index("--main_process_ip") + 1] == "127.0.0.1"
     assert told[told.index("--config_file") + 1] == "runs/a b/launch/accelerate.yaml"
 
 
+def trainer(tmp_path: Path, text: str) -> None:
+    """Let the `python` of the nodes be a bash script."""
+    program = tmp_path / "programs" / "python"
+    program.write_text(f"#!/usr/bin/env bash\n{text}")
+    program.chmod(0o755)
+
+
 def test_the_exit_code_of_the_trainers_is_the_jobs(tmp_path: Path, cluster: dict[str, str]) -> None:
-    (tmp_path / "programs" / "accelerate").write_text("#!/usr/bin/env bash\nexit 7\n")
-    (tmp_path / "programs" / "accelerate").chmod(0o755)
+    trainer(tmp_path, "exit 7\n")
     done = subprocess.run(
         ["bash", script(tmp_path)], env=cluster, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 7
     assert not (tmp_path / "requeued").exists()
+
+
+def until(true: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.05)
+
+
+def test_a_warning_and_then_a_pre_emption_wait_for_the_save(tmp_path: Path, cluster: dict[str, str]) -> None:
+    saves = """
+        trap 'echo told >> "$FAKE_FOLDER/told"' TERM
+        touch "$FAKE_FOLDER/told"
+        until [[ -e "$FAKE_FOLDER/disk" ]]; do sleep 0.1; done
+        touch "$FAKE_FOLDER/saved"
+        exit 143
+    """
+    trainer(tmp_path, saves)
+    told = tmp_path / "told"
+    running = subprocess.Popen(["bash", script(tmp_path, trainer_nodes=1)], env=cluster)
+    try:
+        until(told.exists)
+        running.send_signal(signal.SIGUSR1)
+        until(lambda: len(told.read_text().split()) == 1)
+        running.send_signal(signal.SIGTERM)
+        until(lambda: len(told.read_text().split()) == 2)
+        time.sleep(0.5)
+        assert running.poll() is None, "the job ended before the trainer had saved"
+    finally:
+        (tmp_path / "disk").touch()
+    assert running.wait(timeout=60) == 0
+    assert (tmp_path / "saved").exists()
+    assert (tmp_path / "requeued").read_text().split() == [cluster["SLURM_JOB_ID"]]
+
+
+@pytest.mark.parametrize("cores", ["12", ""])
+def test_trainers_get_the_cores_that_the_job_was_given(tmp_path: Path, cluster: dict[str, str], cores: str) -> None:
+    trainer(tmp_path, 'echo "${SRUN_CPUS_PER_TASK-not set}" > "$FAKE_FOLDER/cores"\n')
+    environ = cluster | ({"SLURM_CPUS_PER_TASK": cores} if cores else {})
+    subprocess.run(["bash", script(tmp_path, trainer_nodes=1)], env=environ, timeout=60, check=True)
+    assert (tmp_path / "cores").read_text().strip() == (cores or "not set")
 
 
 @pytest.mark.slow
