@@ -11,6 +11,7 @@ from rich.table import Table
 
 from memfactory.cli.options import Overrides, RecipeName
 from memfactory.cli.recipes import find_recipe
+from memfactory.cli.versions import check_versions
 
 
 def _list_suites(wanted: bool) -> None:
@@ -78,6 +79,9 @@ def evaluate(
     What was run before with the same weights and settings is taken from the evaluation folder: the same command again
     goes on after a stop, and another checkpoint or suite runs only what is new.
     """
+    path = find_recipe(recipe)
+    if endpoint is None:  # an endpoint has a model of its own
+        check_versions()
     from memfactory.agents.baselines import chosen
     from memfactory.evaluate.folder import EvalFolder
     from memfactory.evaluate.job import Asked, run_evaluation
@@ -86,7 +90,7 @@ def evaluate(
 
     console = Console()
     asked = Asked(
-        recipe=find_recipe(recipe),
+        recipe=path,
         overrides=overrides or [],
         checkpoints=checkpoint or [],
         suites=suite or [],

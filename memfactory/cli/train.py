@@ -9,6 +9,7 @@ from rich.console import Console
 
 from memfactory.cli.options import Overrides, RecipeName, Resume, StartOver, check_resume
 from memfactory.cli.recipes import find_recipe
+from memfactory.cli.versions import check_versions
 from memfactory.errors import DataError
 
 
@@ -23,11 +24,12 @@ def train(
     ] = False,
 ) -> None:
     """Train an agent: warm-up if the recipe has one, evaluation, GRPO, evaluation, report."""
+    console = Console()
+    path = find_recipe(recipe)
+    check_versions()
     # heavy imports wait until a command that needs them is run
     from memfactory.train.prepare import prepare
 
-    console = Console()
-    path = find_recipe(recipe)
     if dry_run:
         from memfactory.train.dry_run import dry_run as try_out
 

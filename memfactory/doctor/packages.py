@@ -42,12 +42,15 @@ def installed(package: str) -> str | None:
 
 def stated_ranges(package: str) -> dict[str, tuple[SpecifierSet, str]]:
     """Requirements that `package` states: name -> (range, extra that asks for it or empty)."""
-    ranges: dict[str, tuple[SpecifierSet, str]] = {}
+    found: list[tuple[str, SpecifierSet, str]] = []
     for line in metadata.requires(package) or [] if installed(package) else []:
         requirement = Requirement(line)
-        # the plain requirements come first, then the extras in order: the first statement is the strictest
         extra = str(requirement.marker).partition("extra == ")[2].strip("\"' )") if requirement.marker else ""
-        ranges.setdefault(requirement.name.lower(), (requirement.specifier, extra))
+        found.append((requirement.name.lower(), requirement.specifier, extra))
+    ranges: dict[str, tuple[SpecifierSet, str]] = {}
+    # what every run needs, then what training does, then extras by name: `dev` states again what it takes from `train`
+    for name, specifier, extra in sorted(found, key=lambda one: ["", "train", one[2]].index(one[2])):
+        ranges.setdefault(name, (specifier, extra))
     return ranges
 
 

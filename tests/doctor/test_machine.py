@@ -56,6 +56,12 @@ def test_ranges_come_from_the_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
+def test_what_training_needs_is_looked_at() -> None:
+    """`dev` comes before `train` in the metadata and states the same packages."""
+    seen = {check.name for check in packages.package_checks(gpu=False)}
+    assert {"torch", "transformers", "trl", "peft", "accelerate", "datasets"} <= seen
+
+
 def test_trl_states_the_ranges_of_the_engines() -> None:
     """The doctor relies on these extras being in TRL's metadata."""
     assert {"vllm", "deepspeed"} <= set(packages.stated_ranges("trl"))
