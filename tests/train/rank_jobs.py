@@ -80,13 +80,15 @@ _ZERO2 = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage
 _CLIPS = ["train.use_cpu=false", f"train.deepspeed={json.dumps(_ZERO2)}", "train.max_grad_norm=0.5"]
 
 
-def _sharded(engine: str, *, resumes: bool = True, fails: bool = False) -> dict[str, Job]:
+def _resumed(engine: str) -> dict[str, Job]:
+    arguments = {"source": engine, "folder": f"{engine}-resumed", "engine": engine, "overrides": RECIPE}
+    return {f"{engine} resumed": job("resume", **arguments)}
+
+
+def _sharded(engine: str, *, fails: bool = False) -> dict[str, Job]:
     jobs = {f"{engine}: {name}": job("difference", case=CASES[of], engine=engine) for name, of in SHARDED.items()}
     jobs[f"{engine} run"] = job("run", folder=f"{engine}", engine=engine, overrides=RECIPE)
-    if resumes:
-        jobs[f"{engine} resumed"] = job(
-            "resume", source=f"{engine}", folder=f"{engine}-resumed", engine=engine, overrides=RECIPE
-        )
+    jobs |= _resumed(engine)
     if fails:
         jobs[f"{engine} failure"] = job("failure", where="generating", ranks=[1], engine=engine)
     return jobs
@@ -96,12 +98,14 @@ JOBS: dict[str, dict[str, Job]] = {
     "ddp": {name: job("gradient", case=spec) for name, spec in CASES.items()}
     | {f"{where} {ranks}": job("failure", where=where, ranks=ranks, engine="ddp") for where, ranks in FAILURES}
     | {"ddp run": job("run", folder="ddp", engine="ddp", overrides=RECIPE)}
+    | _resumed("ddp")
     | {"FSDP on CPUs": job("refused", overrides=[*RECIPE, "train.fsdp=true"])},
     "fsdp2": _sharded("fsdp2", fails=True)
     | {"fsdp2 checkpointing": job("run", folder="recomputed", engine="fsdp2", overrides=[*RECIPE, *CHECKPOINTING])}
     | {"fsdp2 LoRA": job("run", folder="adapter", engine="fsdp2", overrides=[*RECIPE, *LORA])},
     "zero": _sharded("zero2")
-    | _sharded("zero3", resumes=False, fails=True)
+    | _sharded("zero3", fails=True)
+    | {"zero3 LoRA": job("run", folder="zero3-adapter", engine="zero3", overrides=[*RECIPE, *LORA, *CHECKPOINTING])}
     | {f"zero1: {name}": job("difference", case=CASES[of], engine="zero1") for name, of in list(SHARDED.items())[:1]}
     | {"DeepSpeed that clips": job("refused", overrides=[*RECIPE, *_CLIPS])},
 }
