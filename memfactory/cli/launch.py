@@ -27,7 +27,9 @@ def launch(
     overrides: Overrides = None,
     config: Annotated[
         str | None,
-        typer.Option("--config", help="cpu, single_gpu, ddp, fsdp2, zero2, zero3, zero3_offload, or a file of yours."),
+        typer.Option(
+            "--config", help="cpu, single_gpu, ddp, fsdp2, zero1, zero2, zero3, zero3_offload, or a file of yours."
+        ),
     ] = None,
     gpus: Annotated[
         int | None, typer.Option("--gpus", min=1, help="GPUs of each node. Absent: all there are.")

@@ -18,6 +18,7 @@ SHIPPED = {
     "single_gpu": Sharding.NONE,
     "ddp": Sharding.DDP,
     "fsdp2": Sharding.FSDP,
+    "zero1": Sharding.ZERO1,
     "zero2": Sharding.ZERO2,
     "zero3": Sharding.ZERO3,
     "zero3_offload": Sharding.ZERO3,
