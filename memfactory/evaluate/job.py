@@ -101,6 +101,11 @@ def run_evaluation(asked: Asked, output: Path | None, progress: Progress) -> Don
         limit = asked.context if section is not None else positions(prepared.recipe, candidates)
         share = prepared.recipe.rollout.max_failed_share
         notes = check_context(prepared.agent, suites, tokenizer, limit, share)
+        whole = [one.name for one in candidates if one.baseline is Baseline.FULL_CONTEXT]
+        if section is not None and asked.context is None and whole:
+            notes.append(
+                f"{whole[0]}: nothing is left out, whatever the endpoint takes; give its limit with --context"
+            )
         notes += _contamination(prepared, suites)
         plan = _plan(prepared, asked, candidates, suites)
         folder = EvalFolder(output or Path("evals") / prepared.recipe.name)
