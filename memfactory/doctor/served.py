@@ -180,7 +180,13 @@ class Served:
             with passing_folder(parent) as folder:
                 for file in base.iterdir():
                     (folder / file.name).symlink_to(file.resolve())
-                LOOP.start(server.reload(STARTED_WITH, str(folder.resolve()))).result()
+                try:
+                    LOOP.start(server.reload(STARTED_WITH, str(folder.resolve()))).result()
+                except (MemFactoryError, RequestFailed):
+                    # vLLM takes the old weights apart before it looks for others, and ends when it is asked then
+                    with contextlib.suppress(MemFactoryError, RequestFailed):
+                        LOOP.start(server.reload(STARTED_WITH, str(base.resolve()))).result()
+                    raise
         except MemFactoryError as error:
             return of_error(name, error)
         except RequestFailed as failed:
