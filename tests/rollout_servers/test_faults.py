@@ -24,9 +24,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from engines import engine_python
+from faulty import FaultyServer
 from vllm_serving import START, fresh_logprobs, prompts
 
-from memfactory.policy.vllm_process import MARK, RolloutServer, end_leftovers
+from memfactory.errors import EngineError
+from memfactory.policy.vllm_process import MARK, RolloutServer, end_leftovers, free_port
 from memfactory.runs import RunFolder
 from tests.forked import Server
 
@@ -198,6 +200,32 @@ def test_trainer_and_server_killed_together_go_on_to_the_same_end(make_serving, 
         for left in processes:
             with contextlib.suppress(psutil.Error):
                 left.kill()
+
+
+def test_a_server_that_has_our_port_is_not_taken_for_ours(tmp_path):
+    """It was bound by another program between our look at it and vLLM's."""
+    with FaultyServer() as other:
+        ours = [sys.executable, "-c", "import sys, time; time.sleep(3); sys.exit('Error: address already in use')"]
+        with (
+            RolloutServer(ours, os.environ, other.url, tmp_path / "vllm.log") as server,
+            pytest.raises(EngineError, match="ended with code 1: Error: address already in use") as caught,
+        ):
+            server.wait_healthy(30)
+    assert f"see {tmp_path / 'vllm.log'}" in str(caught.value)
+
+
+def test_a_server_that_does_not_answer_in_time_names_log_and_setting(tmp_path):
+    silent = [sys.executable, "-c", "import time; print('loading', flush=True); time.sleep(600)"]
+    with RolloutServer(silent, os.environ, "http://127.0.0.1:9", tmp_path / "vllm.log") as server:
+        assert wait_until(lambda: "loading" in (tmp_path / "vllm.log").read_text())
+        with pytest.raises(EngineError, match=r"did not answer within 0\.1 s: loading") as caught:
+            server.wait_healthy(0.1, setting="rollout.vllm.outage")
+    assert str(tmp_path / "vllm.log") in str(caught.value)
+    assert "raise rollout.vllm.outage" in str(caught.value)
+
+
+def test_ranks_are_told_different_ports():
+    assert not {free_port(0) for _ in range(20)} & {free_port(1) for _ in range(20)}
 
 
 WAITS = "import time; time.sleep(600.25)"
