@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from vllm_serving import START, WORDS, Serving, ask, fresh_logprobs, prompts
 
+from memfactory.doctor.check import Level
 from memfactory.errors import EngineError
 from memfactory.policy.models import load_checkpoint
 from memfactory.policy.tiny import tiny_tokenizer
 from memfactory.policy.vllm_needs import SERVED
 from memfactory.policy.vllm_policy import LOOP
 from memfactory.policy.vllm_pool import Canary, Weights
-from memfactory.policy.vllm_server import VLLMServer
+from memfactory.policy.vllm_server import STARTED_WITH, VLLMServer
 from memfactory.train.start import save_whole
 from memfactory.train.weight_sync import FullWeightSync, canary_ids, score
 
@@ -49,6 +51,38 @@ def model_of(serving: Serving, seed: int, scale: float = 0.05) -> Any:
         for weight in model.parameters():
             weight += scale * torch.randn(weight.shape, generator=draw)
     return model.eval()
+
+
+def test_doctor_loads_the_weights_it_was_started_with_once_more(full, tmp_path, monkeypatch):
+    """By way of the folder for those to come; with a folder that the server does not see it says what to set."""
+    server = VLLMServer(full.url, full.recipe().rollout.vllm)
+    LOOP.start(server.reload(STARTED_WITH, str(full.folder / "run" / SERVED))).result()
+    doctor = full.doctor(tmp_path, f"output_dir={full.folder / 'run'}")
+    fits, sync, agreement = doctor.checks()
+    assert [check.level for check in (fits, sync, agreement)] == [Level.OK] * 3, (fits, sync, agreement)
+    assert str(full.folder / "run" / "adapters") in sync.found
+    assert not list((full.folder / "run").glob("adapters/.doctor*")), "folders it made are left"
+    reload = VLLMServer.reload
+
+    def unseen(server: VLLMServer, name: str, path: str) -> Any:
+        return reload(server, name, path.replace("/adapters/", "/adapters of another machine/"))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(VLLMServer, "reload", unseen)
+        _, sync, agreement = doctor.checks()
+    assert sync.level is Level.WRONG
+    assert "rollout.vllm.adapters" in sync.fix
+    assert agreement.level is Level.OK, "the server was spoilt"
+    assert [check.level for check in doctor.checks()] == [Level.OK] * 3
+
+
+def test_doctor_leaves_the_weights_of_a_run_alone(full, tmp_path):
+    with closing(full.policy()) as policy:
+        policy.use(model_of(full, 3), 0)
+        _, sync, _ = full.doctor(tmp_path, f"output_dir={full.folder / 'run'}").checks()
+        assert sync.level is Level.NOTE
+        assert policy.pool.weights.name in sync.found
+        policy.confirm()
 
 
 def test_every_version_is_sampled_as_it_is(full):
