@@ -14,10 +14,11 @@ from memfactory.cli.serve import Checkpoint, Memory, Run
 from memfactory.errors import MemFactoryError
 
 if TYPE_CHECKING:
-    from memfactory.serve.desk import Desk
+    from memfactory.serve.desk import Desk, Replied
     from memfactory.serve.transcript import ChatMessage
 
 _HELP = "/memory shows what it remembers of you, /forget removes that, /quit or Ctrl-D ends, Ctrl-C stops an answer"
+_HELP_ANEW = "/memory shows its notes for the last question, /quit or Ctrl-D ends, Ctrl-C stops an answer"
 
 
 def chat(
@@ -54,7 +55,7 @@ def chat(
     file = memory or run / "memories.sqlite"
     desk = Desk(served, None if anew else Memories(file, bank=served.keeps_bank))
     kept = "documents are read for each question" if anew else f"memories in {file}"
-    told = f"{served.name} ({served.checkpoint}), {kept}\n{_HELP}"
+    told = f"{served.name} ({served.checkpoint}), {kept}\n{_HELP_ANEW if anew else _HELP}"
     Console(stderr=True).print(told, style="dim", soft_wrap=True, markup=False, highlight=False)
     begin = [ChatMessage("user", text) for text in texts]
     try:
@@ -77,11 +78,18 @@ def _talk(desk: Desk, owner: str, begin: list[ChatMessage], sampling: Any, anew:
     # the desk has a thread of its own: this one waits for what is typed, and hears Ctrl-C
     console, loop = Console(stderr=True), BackgroundLoop("memfactory-chat")
     said = list(begin)
+    replied: Replied | None = None
     while (line := _line()) is not None:
         if not line:
             continue
         if line == "/quit":
             return
+        if line == "/memory" and anew:
+            _print((replied.episode.memory if replied is not None else "") or "(nothing)")
+            continue
+        if line == "/forget" and anew:
+            _print("(nothing is kept: the documents are read for each question)")
+            continue
         if line == "/memory":
             _print(loop.start(desk.shown(owner)).result() or "(nothing)")
             continue
@@ -91,7 +99,7 @@ def _talk(desk: Desk, owner: str, begin: list[ChatMessage], sampling: Any, anew:
             _print("(forgotten)")
             continue
         if line.startswith("/"):
-            _print(_HELP)
+            _print(_HELP_ANEW if anew else _HELP)
             continue
         question = ChatMessage("user", line)
         with console.status("...") as status:

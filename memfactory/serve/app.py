@@ -21,6 +21,7 @@ from memfactory.serve.metrics import Metrics
 from memfactory.serve.refusals import Refused, refusal_of
 from memfactory.serve.streaming import EventStream
 
+PATHS = "POST /v1/chat/completions, GET /v1/models, GET and DELETE /v1/memory, GET /health, GET /metrics"
 GONE = 499
 """Status, for the metrics alone, of a request whose client did not wait for its answer."""
 
@@ -169,7 +170,8 @@ def build_app(service: Service) -> FastAPI:
     @app.exception_handler(Refused)
     async def refuse(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
-            error = Refused(error.status_code, f"{request.method} {request.url.path}: {error.detail}", "not_found")
+            why = f"{request.method} {request.url.path}: {error.detail}; there are {PATHS}"
+            error = Refused(error.status_code, why, "not_found")
         return _json((refused := refusal_of(error)).body, refused.status, refused.headers)
 
     @app.get("/health")

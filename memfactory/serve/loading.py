@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers.utils.logging import disable_progress_bar
+
 from memfactory.agents import Agent
 from memfactory.errors import DataError
 from memfactory.policy.base import Sampling
@@ -59,6 +61,7 @@ def open_run(path: Path, checkpoint: Path | None = None, overrides: Sequence[str
         RecipeErrors: the recipe cannot be used here.
         EngineError: the weights cannot be read.
     """
+    disable_progress_bar()  # of the weights' reading, which would stand above all that is said
     run = RunFolder(path)
     run.read_recipe()  # says what is wrong where it is none
     weights = checkpoint or trained_weights(run)

@@ -206,6 +206,22 @@ def test_a_chat_in_an_empty_folder_goes_on_at_a_server(forked: Server, runs: dic
         assert len(serving.memory().splitlines()) == 3 + 2
 
 
+def test_a_chat_about_documents_that_are_read_anew_shows_the_notes_of_the_last_answer(
+    forked: Server, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").write_text("the old dog stood .\n", encoding="utf-8")
+    arguments = [str(runs["text"]), "--documents", str(tmp_path)]
+    typed = "/memory\nwhich animal ?\n/memory\n/forget\n/help\n"
+    done = forked.command("chat", *arguments, folder=tmp_path, typed=typed)
+    assert done.returncode == 0, done.stderr
+    before, answer, notes, forgotten, told = done.stdout.splitlines()
+    assert before == "(nothing)"
+    assert notes not in ("(nothing)", answer)
+    assert "nothing is kept" in forgotten
+    assert "/forget" not in told
+    assert "Loading weights" not in done.stderr
+
+
 def test_control_c_stops_an_answer_and_then_the_chat(forked: Server, runs: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("the old dog stood .\n", encoding="utf-8")
     ours, its = os.openpty()
