@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from memfactory.policy.prefix_sharing import common
+from memfactory.policy.prefix_sharing import common, unique_ids, worth
 from memfactory.train.rows import Row
 
 SCORED = 1
@@ -40,10 +40,12 @@ def plan_passes(rows: Sequence[Row], budget: int, steps: int, *, shared: bool, s
     Args:
         rows: that are trained.
         budget: positions of a pass.
-        shared: what rows begin with is computed once for a pass.
+        shared: what rows begin with is computed once for a pass, if that pays.
         stems: and once for all passes of a step.
     """
-    if not stems:
+    sequences = list(map(_ids, rows))
+    shared &= worth(sum(map(len, sequences)), unique_ids(sequences))
+    if not (shared and stems):
         dealt = deal(cut_shared(rows, budget) if shared else cut(rows, budget), steps)
         return [[Pass(batch) for batch in batches] for batches in dealt]
     plan = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import contextmanager
 from itertools import combinations, pairwise
 from math import ceil
 
@@ -33,6 +34,15 @@ CPU = torch.device("cpu")
 token = st.integers(0, 3)  # few ids, so that prefixes coincide by chance too
 tokens = st.lists(token, min_size=1, max_size=5)
 lengths = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 20)), max_size=40)
+
+
+@contextmanager
+def packing_everything():
+    """However little it saves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefix_sharing, "LEAST", 0)
+        patch.setattr(prefix_sharing, "WORTH", 1.0)
+        yield
 
 
 def rows_of(sizes):
@@ -150,7 +160,8 @@ def test_rows_are_cut_for_stems_as_well_as_they_can_be(rows, budget):
 
 @given(rows_alike, st.integers(1, 60), st.integers(1, 3), st.booleans())
 def test_each_step_is_whole_in_itself(rows, budget, steps, stems):
-    plan = plan_passes(rows, budget, steps, shared=True, stems=stems)
+    with packing_everything():
+        plan = plan_passes(rows, budget, steps, shared=True, stems=stems)
     assert len(plan) == steps
     assert sorted(id(row) for step in plan for part in step for row in part.rows) == sorted(map(id, rows))
     for step in plan:
@@ -168,6 +179,15 @@ def test_each_step_is_whole_in_itself(rows, budget, steps, stems):
 def row(prompt: list[int], completion: list[int]) -> Row:
     size = len(completion)
     return Row(0, prompt, completion, [1] * size, [1.0] * size, [0.0] * size)
+
+
+def test_rows_that_share_nothing_are_cut_as_if_prefixes_were_not_shared():
+    rows = [Row(0, [first] * length, [1] * 5) for first, length in enumerate([100, 30, 90, 40, 80])]
+    (plan,) = plan_passes(rows, 210, 1, shared=True, stems=True)
+    assert [part.rows for part in plan] == cut(rows, 210)
+    alike = [Row(0, [1] * 100, [number] * 5) for number in range(5)]
+    (plan,) = plan_passes(alike, 210, 1, shared=True, stems=True)
+    assert [part.rows for part in plan][::-1] == cut_shared(alike, 210, stems=True) != cut(alike, 210)
 
 
 def tree(seed: int) -> list[Row]:
@@ -230,9 +250,9 @@ def distance(one, other):
 
 
 @pytest.fixture
-def everything_is_packed(monkeypatch):
-    monkeypatch.setattr(prefix_sharing, "LEAST", 0)
-    monkeypatch.setattr(prefix_sharing, "WORTH", 1.0)
+def everything_is_packed():
+    with packing_everything():
+        yield
 
 
 @pytest.mark.parametrize("how", ["plain", "adapter", "checkpointing", "adapter, checkpointing"])

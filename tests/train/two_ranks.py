@@ -23,7 +23,7 @@ from rich.console import Console
 from torch.distributed.tensor import DTensor
 
 from memfactory.errors import MemFactoryError
-from memfactory.policy import prefix_sharing
+from memfactory.policy import prefix_sharing, stem
 from memfactory.reward.system import RewardSystem
 from memfactory.train.prepare import prepare
 from memfactory.train.run import train
@@ -58,17 +58,40 @@ def options(engine: str) -> dict[str, Any]:
 
 def step(case: dict[str, Any], folder: Path, engine: str) -> tuple[list[torch.Tensor], EpisodeGRPOTrainer, Any]:
     model = make_model()
-    steps, trainer = step_of_ours(
-        recorded_groups(**case["groups"]),
-        model,
-        tiny_tokenizer(VOCABULARY),
-        folder,
-        budget=case["budget"],
-        dimensions=EVERY_SCOPE if case["every_scope"] else (),
-        **case["options"],
-        **options(engine),
-    )
+    with passes_for_stems() as computed:
+        steps, trainer = step_of_ours(
+            recorded_groups(**case["groups"]),
+            model,
+            tiny_tokenizer(VOCABULARY),
+            folder,
+            budget=case["budget"],
+            dimensions=EVERY_SCOPE if case["every_scope"] else (),
+            **case["options"],
+            **options(engine),
+        )
+    counts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(counts, len(computed))
+    assert len(set(counts)) == 1, f"ranks made unequal numbers of passes: {counts}"
+    # the first is the trial of the model
+    assert counts[0] > 1 or case["budget"] > 1, "a budget that cuts groups is one for which passes are joined"
     return steps, trainer, model
+
+
+@contextmanager
+def passes_for_stems() -> Iterator[list[int]]:
+    """The positions of each pass that computes a stem, and of the one with which the model is tried."""
+    found: list[int] = []
+    compute = stem._compute
+
+    def noted(model: Any, packed: Any, *args: Any) -> None:
+        found.append(packed.unique)
+        compute(model, packed, *args)
+
+    stem._compute = noted
+    try:
+        yield found
+    finally:
+        stem._compute = compute
 
 
 def gradient(case: dict[str, Any], folder: Path) -> list[torch.Tensor]:
