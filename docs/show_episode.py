@@ -14,8 +14,8 @@ import transformers
 
 from memfactory.agents.running import run_episodes
 from memfactory.cli.recipes import find_recipe
-from memfactory.train.prepare import prepare
 from memfactory.train.passes import cut
+from memfactory.train.prepare import prepare
 from memfactory.train.rows import build_rows, loss_weights
 from memfactory.train.start import load_policy
 
