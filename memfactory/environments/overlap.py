@@ -31,6 +31,21 @@ def shared(train: Iterable[Task], test: Iterable[Task]) -> list[str]:
     return found
 
 
+def asked_again(train: Iterable[Task], test: Iterable[Task]) -> int:
+    """Test tasks with a question that is also asked in training, about whatever document.
+
+    Only tasks of a dataset count, which say where they come from (``metadata["source"]``): a generator asks its few
+    questions about every document.
+    """
+    asked = {question for task in train if task.metadata.get("source") for question in _questions(task)}
+    return sum(bool(asked & _questions(task)) for task in test if task.metadata.get("source"))
+
+
+def _questions(task: Task) -> set[str]:
+    """Case and white space do not matter."""
+    return {" ".join(probe.question.lower().split()) for probe in task.probes}
+
+
 def check_disjoint(train: Iterable[Task], test: Iterable[Task]) -> None:
     """Check that no test task is also a training task, see :func:`shared`.
 

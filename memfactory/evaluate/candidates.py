@@ -92,6 +92,12 @@ def _started_from(checkpoint: Path) -> Path | None:
     return None
 
 
+def run_recipe(folder: Path) -> Path | None:
+    """The recipe of the run whose model or checkpoint lies in `folder`; None where it is in no run folder."""
+    places = (place / "recipe.yaml" for place in (folder, *folder.resolve().parents[:2]))
+    return next((place for place in places if place.is_file()), None)
+
+
 def _name(path: Path, folder: Path) -> str:
     path = path.resolve()
     if path.name == "model":

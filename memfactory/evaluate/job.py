@@ -14,10 +14,11 @@ from rich.progress import Progress
 
 from memfactory import __version__
 from memfactory.agents.baselines import Baseline, BaselineAgent
+from memfactory.environments import build_environment
 from memfactory.environments.base import Split
-from memfactory.environments.overlap import shared
+from memfactory.environments.overlap import asked_again, shared
 from memfactory.errors import MemFactoryError, RecipeError, RecipeErrors
-from memfactory.evaluate.candidates import Candidate, apart, check_candidate, find_candidates, on_base
+from memfactory.evaluate.candidates import Candidate, apart, check_candidate, find_candidates, on_base, run_recipe
 from memfactory.evaluate.evaluation import Plan, evaluate
 from memfactory.evaluate.fingerprints import agent_fingerprint, beside_fingerprints
 from memfactory.evaluate.folder import EvalFolder
@@ -28,7 +29,7 @@ from memfactory.evaluate.table import csv_table, markdown, ordered
 from memfactory.policy.base import Sampling
 from memfactory.policy.models import load_tokenizer
 from memfactory.policy.routing import RoutedPolicy
-from memfactory.recipe import PolicySection
+from memfactory.recipe import EnvironmentSection, PolicySection, load_recipe
 from memfactory.reward.catalogue import WeightedDimension, load_dimension
 from memfactory.reward.system import RewardSystem
 from memfactory.train.policies import beside
@@ -106,7 +107,7 @@ def run_evaluation(asked: Asked, output: Path | None, progress: Progress) -> Don
             notes.append(
                 f"{whole[0]}: nothing is left out, whatever the endpoint takes; give its limit with --context"
             )
-        notes += _contamination(prepared, suites)
+        notes += _contamination(prepared, candidates, suites)
         plan = _plan(prepared, asked, candidates, suites)
         folder = EvalFolder(output or Path("evals") / prepared.recipe.name)
 
@@ -251,19 +252,41 @@ def _measured(suite: Measured, judged: bool) -> Measured:
     return Measured(suite.name, suite.tasks, rewards, suite.metric, suite.differs, VERDICT)
 
 
-def _contamination(prepared: Prepared, suites: Sequence[Measured]) -> list[str]:
+def _contamination(prepared: Prepared, candidates: Sequence[Candidate], suites: Sequence[Measured]) -> list[str]:
     """What must be said where tasks of a suite stand in the training data, or where nobody could look."""
-    try:
-        train = prepared.environment.tasks(Split.TRAIN, prepared.recipe.environment.train_tasks)
-    except MemFactoryError as error:
-        return [f"not compared with the training data, which could not be read: {error.what}"]
     notes = []
-    for suite in suites:
-        both = shared(train, suite.tasks)
-        if both:
-            of = f"{len(both)} of {len(suite.tasks)} tasks"
-            notes.append(f"CONTAMINATED: {suite.name}: {of} stand in the recipe's training data: {both[0]}")
+    for whose, section in _training_data(prepared, candidates):
+        try:
+            environment = build_environment(section.name, section.options)
+            train = environment.tasks(Split.TRAIN, section.train_tasks)
+        except MemFactoryError as error:
+            notes.append(f"not compared with the training data of {whose}, which could not be read: {error.what}")
+            continue
+        for suite in suites:
+            both, again = shared(train, suite.tasks), asked_again(train, suite.tasks)
+            of = f"of {len(suite.tasks)} tasks"
+            if both:
+                notes.append(
+                    f"CONTAMINATED: {suite.name}: {len(both)} {of} stand in the training data of {whose}: {both[0]}"
+                )
+            if again > len(both):
+                notes.append(
+                    f"{suite.name}: questions of {again} {of} are also asked in the training data of {whose}, "
+                    f"{again - len(both)} of them about other documents"
+                )
     return notes
+
+
+def _training_data(prepared: Prepared, candidates: Sequence[Candidate]) -> list[tuple[str, EnvironmentSection]]:
+    """Whose, and where its tasks come from: the recipe's, and those of checkpoints whose run had other ones."""
+    found = [("the recipe", prepared.recipe.environment)]
+    for candidate in candidates:
+        path = run_recipe(candidate.checkpoint) if candidate.checkpoint is not None else None
+        if path is not None:
+            own = load_recipe(path).environment.model_copy(update={"test_tasks": found[0][1].test_tasks})
+            if own not in [section for _, section in found]:
+                found.append((candidate.name, own))
+    return found
 
 
 def _plan(prepared: Prepared, asked: Asked, candidates: Sequence[Candidate], suites: Sequence[Measured]) -> Plan:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 
 pytest.importorskip("torch")
@@ -224,6 +225,36 @@ def test_contaminated_suites_are_named(trained: Path, tmp_path: Path, monkeypatc
     done = evaluated(trained, tmp_path / "out", "eval.greedy=false", suites=["leaky"], checkpoints=[])
     assert [note for note in done.notes if note.startswith("CONTAMINATED: leaky: 1 of 4 tasks")]
     assert "CONTAMINATED" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_training_data_is_that_of_the_checkpoint_and_its_questions_are_looked_for(
+    trained: Path, tmp_path: Path
+) -> None:
+    """The command's recipe has other data than the run of the checkpoint had."""
+    done = evaluated(trained, tmp_path / "a", "eval.greedy=false")
+    assert not [note for note in done.notes if "training data" in note]
+    (tmp_path / "run").mkdir()
+    for name in ("model", "initial"):
+        shutil.copytree(trained / name, tmp_path / "run" / name)
+    recipe = yaml.safe_load((trained / "recipe.yaml").read_text())
+    (tmp_path / "other.py").write_text(
+        "from dataclasses import replace\nfrom memfactory.environments.fact_words import FactWords\n"
+        "from memfactory.environments.base import Split\n\n"
+        "class Train(FactWords):\n    def tasks(self, split, count=None):\n"
+        "        first, *rest = super().tasks(Split.TEST, 3)\n"
+        "        other = {'stream': ('other',), 'metadata': {'source': 'y'}}\n"
+        "        return [first, *(replace(t, id='x' + t.id, **other) for t in rest)]\n\n"
+        "class Test(FactWords):\n    def tasks(self, split, count=None):\n"
+        "        return [replace(t, metadata={'source': 'x'}) for t in super().tasks(split, count)]\n"
+    )
+    own = recipe | {"environment": recipe["environment"] | {"name": f"{tmp_path / 'other.py'}:Train"}}
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(own))
+    name = f"environment.name={tmp_path / 'other.py'}:Test"
+    done = evaluated(trained, tmp_path / "b", name, "eval.greedy=false", checkpoints=[tmp_path / "run"])
+    (leaked,) = [note for note in done.notes if note.startswith("CONTAMINATED")]
+    assert "1 of 10 tasks stand in the training data of run" in leaked
+    (again,) = [note for note in done.notes if "also asked" in note]
+    assert "training data of run" in again
 
 
 def test_a_task_that_fails_is_counted_and_left_out(trained: Path, tmp_path: Path) -> None:
