@@ -285,7 +285,7 @@ def _training_data(prepared: Prepared, candidates: Sequence[Candidate]) -> list[
         if path is not None:
             own = load_recipe(path).environment.model_copy(update={"test_tasks": found[0][1].test_tasks})
             if own not in [section for _, section in found]:
-                found.append((candidate.name, own))
+                found.append((f"run {path.parent.name}", own))
     return found
 
 

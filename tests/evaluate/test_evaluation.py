@@ -227,9 +227,7 @@ def test_contaminated_suites_are_named(trained: Path, tmp_path: Path, monkeypatc
     assert "CONTAMINATED" in (tmp_path / "out" / "table.md").read_text()
 
 
-def test_training_data_is_that_of_the_checkpoint_and_its_questions_are_looked_for(
-    trained: Path, tmp_path: Path
-) -> None:
+def test_the_training_data_of_a_checkpoint_is_looked_at_for_questions_too(trained: Path, tmp_path: Path) -> None:
     """The command's recipe has other data than the run of the checkpoint had."""
     done = evaluated(trained, tmp_path / "a", "eval.greedy=false")
     assert not [note for note in done.notes if "training data" in note]
