@@ -243,16 +243,17 @@ def test_the_training_data_of_a_checkpoint_is_looked_at_for_questions_too(traine
         "        other = {'stream': ('other',), 'metadata': {'source': 'y'}}\n"
         "        return [first, *(replace(t, id='x' + t.id, **other) for t in rest)]\n\n"
         "class Test(FactWords):\n    def tasks(self, split, count=None):\n"
-        "        return [replace(t, metadata={'source': 'x'}) for t in super().tasks(split, count)]\n"
+        "        source = {'source': 'x'} if split is Split.TEST else {}\n"
+        "        return [replace(t, metadata=source) for t in super().tasks(split, count)]\n"
     )
     own = recipe | {"environment": recipe["environment"] | {"name": f"{tmp_path / 'other.py'}:Train"}}
     (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(own))
     name = f"environment.name={tmp_path / 'other.py'}:Test"
     done = evaluated(trained, tmp_path / "b", name, "eval.greedy=false", checkpoints=[tmp_path / "run"])
-    (leaked,) = [note for note in done.notes if note.startswith("CONTAMINATED")]
-    assert "1 of 10 tasks stand in the training data of run" in leaked
-    (again,) = [note for note in done.notes if "also asked" in note]
-    assert "training data of run" in again
+    leaked, again = (note for note in done.notes if note.endswith("documents") or "CONTAMINATED" in note)
+    assert leaked.startswith("CONTAMINATED")
+    assert "1 of 10 tasks stand in the training data of run run" in leaked
+    assert "are also asked in the training data of run run" in again
 
 
 def test_a_task_that_fails_is_counted_and_left_out(trained: Path, tmp_path: Path) -> None:
