@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ def difference(model: nn.Module, vocabulary: int, device: torch.device, *, stems
         with _autocasts() as cast:
             alone = [_logits(model, input_ids=torch.tensor([own], device=device)) for own in sequences]
             stem = Stem()
-            owed = stem.move(model, begin if stems else [], device)
+            owed = stem.move(partial(model, use_cache=False), begin if stems else [], device)
             packed = Packed(sequences, known=stem.ids)
             joint = Junction(stem, owed, packed, sequences, device)
             together = _logits(model, **packed.whole(device, joint if stems else None).arguments())

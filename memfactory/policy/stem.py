@@ -18,7 +18,7 @@ stems grow and shrink at their ends only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from memfactory.policy.prefix_sharing import Packed, common
+
+Forward = Callable[..., object]
+"""A forward pass over a piece's arguments."""
 
 
 @dataclass(slots=True)
@@ -55,14 +58,14 @@ class Stem:
         self.values: dict[int, Tensor] = {}
 
     @torch.no_grad()
-    def move(self, model: nn.Module, ids: Sequence[int], device: torch.device, *, join_in: bool = False) -> Owed:
+    def move(self, forward: Forward, ids: Sequence[int], device: torch.device, *, join_in: bool = False) -> Owed:
         """Let the stem be `ids`, computing what it does not have in common with the one of now.
 
         Args:
-            model: may be wrapped.
+            forward: the model's forward pass, whose output is not looked at.
             ids: of a path from the root, or none.
             device: where the model computes.
-            join_in: call the model on one id if there is nothing to compute, since another rank has something to.
+            join_in: compute one id if there is nothing to compute, since another rank has something to.
 
         Returns:
             what the pass to come has to take over.
@@ -76,9 +79,9 @@ class Stem:
         )
         grown = _Grown(*({layer: leaf[:kept] for layer, leaf in old.items()} for old in (self.keys, self.values)))
         if kept < len(ids):
-            _compute(model, Packed([list(ids)], known=ids[:kept]), device, grown)
+            _compute(forward, Packed([list(ids)], known=ids[:kept]), device, grown)
         elif join_in:
-            _compute(model, Packed([[0]]), device, _Grown({}, {}))
+            _compute(forward, Packed([[0]]), device, _Grown({}, {}))
         self.keys = {layer: _leaf(states, self.keys.get(layer), kept) for layer, states in grown.keys.items()}
         self.values = {layer: _leaf(states, self.values.get(layer), kept) for layer, states in grown.values.items()}
         self.ids = list(ids)
@@ -87,8 +90,8 @@ class Stem:
         return owed
 
 
-def _compute(model: nn.Module, packed: Packed, device: torch.device, grown: _Grown) -> None:
-    model(**packed.whole(device, grown).arguments(), use_cache=False, logits_to_keep=1)
+def _compute(forward: Forward, packed: Packed, device: torch.device, grown: _Grown) -> None:
+    forward(**packed.whole(device, grown).arguments())
 
 
 def _gradient(leaf: Tensor) -> Tensor:

@@ -67,11 +67,26 @@ class CompletionScorer:
         A pass without gradients computes what the stem does not have in common with the one before, which `join_in`
         asks for on a rank that has nothing to compute when another one has.
         """
-        self._owed = self._stem.move(model, stem, device, join_in=join_in)
+
+        def forward(**arguments: Any) -> None:
+            # by the same modules as when rows are scored: under ZeRO-3 each gathers its own weights
+            self._call(
+                model, torch.zeros(1, dtype=torch.long, device=device), arguments["input_ids"][:, :1], arguments
+            )
+
+        self._owed = self._stem.move(forward, stem, device, join_in=join_in)
         try:
             yield
         finally:
             self._owed = None
+
+    def _call(self, model: nn.Module, keep: Tensor, labels: Tensor, arguments: dict[str, Any]) -> Any:
+        """What the head makes of the hidden states at `keep`, whose next ids are `labels` (1, N)."""
+        self._keep = keep
+        try:
+            return model(shift_labels=labels, fused_lm_head=True, **arguments)
+        finally:
+            self._keep = None
 
     def score(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, width: int, **options: Any
@@ -109,16 +124,8 @@ class CompletionScorer:
             forward, keep = self._separate(input_ids, real, scored)
             if not options.get("output_router_logits"):
                 forward["attention_mask"] = None
-        self._keep = keep
-        try:
-            output = model(
-                shift_labels=input_ids[scored].unsqueeze(0),  # (1, N), row-major like the kept states
-                fused_lm_head=True,
-                **forward,
-                **options,
-            )
-        finally:
-            self._keep = None
+        # labels are row-major like the kept states
+        output = self._call(model, keep, input_ids[scored].unsqueeze(0), forward | options)
 
         def spread(values: Tensor | None) -> Tensor | None:
             if values is None:

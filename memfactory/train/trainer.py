@@ -166,6 +166,8 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         """Log-probs (B, T) of the newest forward pass with gradients."""
         self._passes = 1
         """Micro-batches of the training step that is going on."""
+        self._continued: tuple[list[int], bool] = [], False
+        """The stem of the micro-batch that is computed, and whether a rank has some of it to compute first."""
         self._seconds = {"generate": 0.0, "reward": 0.0, "forward": 0.0, "backward": 0.0, "optimizer": 0.0}
         self._window_start: float | None = None
         self._computed_tokens = [0, 0]  # real, computed
@@ -202,6 +204,8 @@ class EpisodeGRPOTrainer(GRPOTrainer):
             last = number == len(micro_batches) - 1
             before = self._seconds["forward"]
             start = time.perf_counter()
+            if "stem_ids" in micro:  # absent in older checkpoints
+                self._continued = micro["stem_ids"].tolist(), bool(micro["stem_pass"])
             with self._accumulate(model, sync=sync and last):
                 total += Trainer.training_step(self, model, micro, num_items_in_batch)
             elapsed = time.perf_counter() - start
@@ -243,8 +247,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         asked, coefficient = self.loss_type, self.router_aux_loss_coef
         self.loss_type = "dapo" if asked in _AS_DAPO else asked
         self.router_aux_loss_coef = coefficient / self._passes  # TRL adds it in every pass; a step wants it once
-        stem = inputs["stem_ids"].tolist() if "stem_ids" in inputs else []  # absent in older checkpoints
-        join_in = bool(inputs.get("stem_pass", False))
+        stem, join_in = self._continued
         try:
             with self._scorer.continuing(model, stem, self.args.device, join_in=join_in):
                 loss = super()._compute_loss(model, inputs)
