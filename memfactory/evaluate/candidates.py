@@ -109,12 +109,14 @@ def _name(path: Path, folder: Path) -> str:
 
 def apart(candidates: list[Candidate]) -> list[Candidate]:
     """Names made different, where two are the same."""
-    seen: dict[str, int] = {}
-    named = []
+    taken = {candidate.name for candidate in candidates}
+    named: list[Candidate] = []
     for candidate in candidates:
-        seen[candidate.name] = seen.get(candidate.name, 0) + 1
-        number = seen[candidate.name]
-        named.append(candidate if number == 1 else replace(candidate, name=f"{candidate.name} ({number})"))
+        name, number = candidate.name, 1
+        while any(other.name == name for other in named) or (number > 1 and name in taken):
+            number += 1
+            name = f"{candidate.name} ({number})"
+        named.append(replace(candidate, name=name))
     return named
 
 

@@ -26,7 +26,7 @@ from memfactory.agents import build_agent
 from memfactory.episode import Probe, Task
 from memfactory.errors import DataError, EngineError, MemFactoryError, RecipeError
 from memfactory.evaluate import fingerprints
-from memfactory.evaluate.candidates import find_candidates, weights_fingerprint
+from memfactory.evaluate.candidates import Candidate, apart, find_candidates, weights_fingerprint
 from memfactory.evaluate.job import Asked, Done, _plan, run_evaluation
 from memfactory.evaluate.preflight import check_context
 from memfactory.modules.prompts import PROMPT_SETS, PromptOrder
@@ -209,6 +209,13 @@ def test_suites_and_baselines_stand_in_the_same_table(forked: Server, trained: P
     for line in shown:
         evidence = [e["text"] for probe in line["task"]["probes"] for e in probe["evidence"]]
         assert [entry["text"] for entry in line["turns"][0]["retrieved"]] == evidence
+
+
+def test_candidates_of_one_name_are_told_apart() -> None:
+    """Also those whose name is one that another was given, when names are looked at again with one more."""
+    every = apart([Candidate("base", None, "a"), Candidate("base", None, "b"), Candidate("base (2)", None, "c")])
+    assert [one.name for one in every] == ["base", "base (3)", "base (2)"]
+    assert [one.name for one in apart([*every, Candidate("base", None, "d")])][3] == "base (4)"
 
 
 def test_contaminated_suites_are_named(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
