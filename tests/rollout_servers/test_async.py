@@ -48,7 +48,7 @@ def test_a_turn_ends_with_the_adapter_it_began_with(serving: Any) -> None:
         policy.use(models[0], 0)
         old_name = policy.pool.weights.name
         with ThreadPoolExecutor(1) as threads:
-            old = threads.submit(ask, policy.apart(), prompts(24), 450)  # they take longer than the update
+            old = threads.submit(ask, policy.apart(), prompts(64), 450)  # they take longer than the update
             while not policy.pool._places[0].under_way[old_name]:
                 time.sleep(0.01)
             policy.use(models[1], 1)
@@ -56,7 +56,7 @@ def test_a_turn_ends_with_the_adapter_it_began_with(serving: Any) -> None:
             new = ask(policy, prompts(4), 20)
             turns = [*old.result(), *new]
         assert {turn.policy_version for turn in new} == {1}
-        assert {turn.policy_version for turn in turns[:24]} == {0}
+        assert {turn.policy_version for turn in turns[:64]} == {0}
         for turn in turns:
             apart = torch.tensor(turn.logprobs) - fresh_logprobs(models[turn.policy_version], turn)
             assert apart.abs().max() < 1e-4

@@ -35,7 +35,7 @@ from tests.forked import Server
 ROOT = Path(__file__).parents[2]
 
 
-def wait_until(condition, seconds: float = 60.0) -> bool:
+def wait_until(condition, seconds: float = 180.0) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():
