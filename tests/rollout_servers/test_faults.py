@@ -89,7 +89,8 @@ def samples(serving) -> bool:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_or_engine_is_replaced_and_the_rollout_goes_on(make_serving, tmp_path):
+def test_a_killed_worker_engine_or_api_process_is_replaced_and_the_rollout_goes_on(make_serving, tmp_path):
+    """And what comes of it is what would have come of a rollout that nothing disturbed."""
     serving = make_serving()
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(serving.recipe().dump()))
@@ -106,11 +107,14 @@ def test_a_killed_worker_or_engine_is_replaced_and_the_rollout_goes_on(make_serv
 
     rollout = threading.Thread(target=lambda: turns.extend(asyncio.run(everything())))
     rollout.start()
-    for kind in ("VLLM::Worker", "VLLM::EngineCore"):
+    for kind in ("VLLM::Worker", "VLLM::EngineCore", "api"):
         assert wait_until(lambda: samples(serving)), "the rollout did not go on"
         time.sleep(0.2)
         processes = family(running)
-        (killed,) = (one for one in processes if one.name().startswith(kind))
+        if kind == "api":
+            (killed,) = (one for one in processes if one.ppid() == running.pid)
+        else:
+            (killed,) = (one for one in processes if one.name().startswith(kind))
         killed.send_signal(signal.SIGKILL)
         output, _ = running.communicate(timeout=90)
         assert running.returncode == 1
@@ -123,6 +127,10 @@ def test_a_killed_worker_or_engine_is_replaced_and_the_rollout_goes_on(make_serv
     assert len(turns) == 64
     for turn in turns:
         assert (torch.tensor(turn.logprobs) - fresh_logprobs(model, turn)).abs().max() < 1e-4
+    disturbed, turns = turns, []
+    policy.seed(0)  # as it was when the first batch began
+    turns.extend(asyncio.run(everything()))
+    assert [turn.completion_ids for turn in turns] == [turn.completion_ids for turn in disturbed]
     policy.close()
 
     processes = family(running)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from vllm_serving import START, left_over
+
 from memfactory.policy.vllm_needs import BASE
 from memfactory.policy.vllm_policy import LOOP
 from memfactory.policy.vllm_server import VLLMServer
+from tests.engines import engine_python
 from tests.train.launching import job, run_jobs
 
 pytestmark = pytest.mark.slow
@@ -54,6 +60,19 @@ def test_every_rank_samples_from_the_weights_of_now(ran, engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_what_servers_did_for_all_ranks_is_in_the_log(ran, engine):
+    folder, results = ran(engine)
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["values"] for line in lines if line["phase"] == "train"]
+    assert len(steps) == STEPS
+    for number, values in enumerate(steps):
+        drawn = [ids for rank in results["run"] for ids in rank["steps"][number]["completions"]]
+        assert values["server/requests"] >= len(drawn)
+        assert values["server/completion_tokens"] >= sum(len(ids) for ids in drawn)
+        assert values["server/canary_difference"] == results["run"][0]["steps"][number]["difference"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_gradients_and_adapters_are_the_same_on_both(ran, engine):
     folder, results = ran(engine)
     first, second = results["run"]
@@ -77,3 +96,25 @@ def test_an_adapter_the_server_cannot_read_ends_both_ranks_alike(ran, serving):
     assert len(first["steps"]) == 1, "it was not the second adapter"
     server = VLLMServer(serving.url, serving.recipe().rollout.vllm)
     assert [model["id"] for model in LOOP.start(server.models()).result()] == [BASE], "adapters are left"
+
+
+def test_each_rank_with_a_server_of_its_own(make_serving, tmp_path, monkeypatch):
+    """Colocated: the first rank writes the adapter, and both send it, each to its own server."""
+    monkeypatch.setenv("MEMFACTORY_VLLM_PYTHON", engine_python("vllm"))
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # both would take the first core
+    options = make_serving().training(mode="colocate", outage=START)
+    options += [f"train.max_steps={STEPS}", "train.per_device_train_batch_size=6"]
+    jobs = {"run": job("served", engine="ddp", overrides=options, folder="run")}
+    first, second = run_jobs(jobs, "ddp", tmp_path, sys.executable)["run"]
+    assert (first["ending"], second["ending"]) == ("none", "none")
+    for here, there in zip(first["steps"], second["steps"], strict=True):
+        assert here["adapter"] == there["adapter"]
+        assert here["server"] != there["server"]
+        for rank in (here, there):
+            assert rank["turns"]
+            assert rank["versions"] == [rank["step"]]
+            assert 0 < rank["difference"] < 1e-3, "its server was not compared, or is far off"
+    for here, there in zip(first["gradients"], second["gradients"], strict=True):
+        assert torch.equal(here, there)
+    assert not left_over(tmp_path / "run"), "a server is left"

@@ -202,6 +202,7 @@ def served(folder: Path, engine: str, overrides: list[str], spoil: int = 0) -> l
                 "turns": len(turns),
                 "completions": [turn.completion_ids for turn in turns],
                 "adapter": pool.weights.name,
+                "server": pool.servers[0].url,
                 "sent": self.policy.trained.push.count,
                 "difference": pool.difference,
             }
