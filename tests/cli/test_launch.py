@@ -25,6 +25,8 @@ from memfactory.launch.files import write
 from memfactory.launch.plan import Request
 from memfactory.recipe import load_recipe
 from memfactory.runs import RunFolder
+from tests.forked import Server
+from tests.train.launching import free_port
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = "memagent/quickstart"
@@ -245,3 +247,18 @@ def test_two_processes_train(tmp_path: Path) -> None:
     assert (summary["steps"], summary["stopped"]) == (2, "finished")
     assert summary["totals"]["episodes"] == 2 * 16, "both processes brought their episodes"
     assert "8 x 1 steps x 2 processes = 16" in done.stdout, "as the plan said"
+
+
+@pytest.mark.slow
+def test_two_nodes_without_slurm_train_together(forked: Server, tmp_path: Path) -> None:
+    asked = ["launch", QUICKSTART, *SMALL, "warmup.steps=2", "--config", "cpu", "--processes", "1", "--nodes", "2"]
+    asked += ["--address", "127.0.0.1", "--port", str(free_port())]
+    environment = {"COLUMNS": "200", "CUDA_VISIBLE_DEVICES": ""}
+    nodes = [
+        forked.start([*asked, "--node-rank", str(rank)], folder=tmp_path, environment=environment) for rank in range(2)
+    ]
+    codes = [node.wait() for node in nodes]
+    assert codes == [0, 0], "\n".join(node.output[-3000:] for node in nodes)
+    summary = json.loads((tmp_path / "runs/quickstart-seed0/summary.json").read_text())
+    assert (summary["processes"], summary["steps"], summary["stopped"]) == (2, 2, "finished")
+    assert summary["totals"]["episodes"] == 2 * 16, "both nodes brought their episodes"
