@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -237,11 +236,7 @@ class Packed:
         """Sequence, first place and number of ids of each piece that is owned."""
         before = self.known
         path = torch.arange(len(known))
-
-        def order(index: int) -> tuple[bool, list[int]]:
-            return sequences[index] < self.known, sequences[index]  # what begins with the known ids comes first
-
-        for index in sorted(range(len(sequences)), key=order):
+        for index in _order(sequences, self.known):
             own = sequences[index]
             shared = common(before, own)
             first = len(ids)
@@ -293,7 +288,16 @@ def common(one: list[int], other: list[int]) -> int:
     return low
 
 
-def unique_ids(sequences: Sequence[list[int]]) -> int:
+def unique_ids(sequences: Sequence[list[int]], known: Sequence[int] = ()) -> int:
     """Ids that :class:`Packed` would compute."""
-    ordered = sorted(sequences)
-    return sum(map(len, ordered)) - sum(common(before, own) for before, own in pairwise(ordered))
+    unique, before = 0, list(known)
+    for index in _order(sequences, before):
+        own = sequences[index]
+        unique += len(own) - common(before, own)
+        before = own
+    return unique
+
+
+def _order(sequences: Sequence[list[int]], known: list[int]) -> list[int]:
+    """By ids, so that those that begin alike are neighbours; what begins with the known ids comes first."""
+    return sorted(range(len(sequences)), key=lambda index: (sequences[index] < known, sequences[index]))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 from transformers import PreTrainedModel
 
-from memfactory.policy.prefix_sharing import Packed, worth
+from memfactory.policy.prefix_sharing import Packed, unique_ids, worth
 from memfactory.policy.prefix_support import Support
 from memfactory.policy.stem import Junction, Owed, Stem
 
@@ -57,7 +57,7 @@ class CompletionScorer:
             joined: the pass before continues these rows.
         """
         padded = len(rows) * max(map(len, rows), default=0)
-        unique = Packed(rows, stem).unique if self.sharing.available else padded
+        unique = unique_ids(rows, stem) if self.sharing.available else padded
         return unique if stem or joined or worth(padded, unique) else padded
 
     @contextmanager
