@@ -28,7 +28,8 @@ def launch(
     config: Annotated[
         str | None,
         typer.Option(
-            "--config", help="cpu, single_gpu, ddp, fsdp2, zero1, zero2, zero3, zero3_offload, or a file of yours."
+            "--config",
+            help="cpu, single_gpu, ddp, fsdp2, fsdp2_offload, zero1, zero2, zero3, zero3_offload, or a file of yours.",
         ),
     ] = None,
     gpus: Annotated[

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from packaging.specifiers import SpecifierSet
-from rich.console import Console
 
 from memfactory.doctor.check import Check, Level
 from memfactory.doctor.packages import check_package, installed, stated_ranges
 from memfactory.errors import EngineError
+from memfactory.untested import refuse
 
-UNTESTED = "MEMFACTORY_UNTESTED"
-"""Environment variable: 1 goes on with versions outside the supported ranges, at one's own risk."""
 _NEEDED = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 """Without these nothing trains; others that are absent are missed by what needs them."""
 
@@ -25,8 +22,8 @@ def check_versions(*more: str) -> None:
         more: packages that this run needs beyond it, in the ranges that TRL states, e.g. ``deepspeed``.
 
     Raises:
-        EngineError: one is outside its range or not there, all of them in one message; only a line on standard error
-            where `MEMFACTORY_UNTESTED` is 1.
+        EngineError: one is outside its range or not there, all of them in one message. See
+            :func:`memfactory.untested.refuse` for the former.
     """
     wrong = [check for check in _checks(more) if check.level is Level.WRONG]
     wrong = [check for check in wrong if check.found != "absent" or check.name in _NEEDED]
@@ -36,14 +33,9 @@ def check_versions(*more: str) -> None:
         f"{check.name} {'is not installed' if check.found == 'absent' else check.found}" for check in wrong
     )
     ranges = ", ".join(f"{check.name} {check.supported}" for check in wrong)
-    if os.environ.get(UNTESTED, "0") not in ("", "0"):
-        if os.environ.get("RANK", "0") == "0":  # one of the processes says it
-            text = f"{what}: supported is {ranges}; going on, because {UNTESTED} is set"
-            Console(stderr=True).print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
-        return
-    absent = any(check.found == "absent" for check in wrong)
-    risk = "" if absent else f"; or {UNTESTED}=1 in the environment, to go on at your own risk"
-    raise EngineError(what, f"supported is {ranges}", f"{_pip(wrong)}{risk}")
+    if any(check.found == "absent" for check in wrong):
+        raise EngineError(what, f"supported is {ranges}", _pip(wrong))
+    refuse(what, f"supported is {ranges}", _pip(wrong))
 
 
 def _checks(more: Sequence[str]) -> list[Check]:

@@ -99,6 +99,7 @@ class Branches:
         self._keys = [_taken(cast(Tensor, layer.keys), places) for layer in layers]  # (T, K, C, D)
         self._values = [_taken(cast(Tensor, layer.values), places) for layer in layers]
         self._padding = padding.to(device)  # (T, C)
+        self._padded = bool(padding.any())
         self._arrange(group_of.to(device))
 
     def _arrange(self, group_of: Tensor) -> None:
@@ -113,12 +114,16 @@ class Branches:
         self._place[order] = group_of[order] * self._largest + within
         self._member = torch.zeros(len(counts) * self._largest, dtype=torch.long, device=order.device)  # (T G,)
         self._member[self._place] = torch.arange(len(order), device=order.device)
+        own = torch.arange(len(self._member), device=order.device)
+        self._in_order = len(own) == len(order) and torch.equal(self._member, own)
+        """Whether sequences stand group by group, in groups of one size: then nothing needs to be moved."""
 
     def select(self, rows: Tensor) -> None:
         """Keep the sequences `rows`, and the prefixes that one of them continues."""
         alive, group_of = self._group_of[rows].unique(return_inverse=True)
         if len(alive) < len(self._padding):
             self._padding = self._padding[alive]
+            self._padded = bool(self._padding.any())
             self._keys = [keys[alive] for keys in self._keys]
             self._values = [values[alive] for values in self._values]
         self._arrange(group_of)
@@ -143,23 +148,25 @@ class Branches:
         layer = int(module.layer_idx)  # type: ignore[arg-type]  # `able` has seen that it is there
         q = query.reshape(size, key_heads, heads // key_heads, width) * (scale or width**-0.5)  # (B, K, H / K, D)
         shared = self._grouped(q) @ self._keys[layer].transpose(-1, -2)  # (T, K, G H / K, C)
-        shared = shared.masked_fill(self._padding[:, None, None], float("-inf"))
-        own = (q @ key.transpose(-1, -2)).masked_fill(~seen, float("-inf"))  # (B, K, H / K, S)
-        back = self._alone(shared, q.shape[2])  # (B, K, H / K, C)
-        share = torch.cat([back, own], dim=-1).softmax(-1)
-        over_shared, over_own = share.split([back.shape[-1], own.shape[-1]], dim=-1)
-        out = self._alone(self._grouped(over_shared) @ self._values[layer], q.shape[2]) + over_own @ value
+        if self._padded:
+            shared.masked_fill_(self._padding[:, None, None], float("-inf"))
+        own = (q @ key.transpose(-1, -2)).masked_fill_(~seen, float("-inf"))  # (B, K, H / K, S)
+        # scores of prefixes stay with their groups: there are more of them than of what is each sequence's own
+        share = torch.cat([shared, self._grouped(own)], dim=-1).softmax(-1)  # (T, K, G H / K, C + S)
+        over_shared, over_own = share.split([shared.shape[-1], own.shape[-1]], dim=-1)
+        out = self._alone(over_shared @ self._values[layer], q.shape[2])
+        out += self._alone(over_own, q.shape[2]) @ value
         return out.reshape(size, 1, heads, width)
 
     def _grouped(self, states: Tensor) -> Tensor:
         """(B, K, R, X) of sequences as (T, K, G R, X) of groups."""
-        taken = states[self._member].unflatten(0, (-1, self._largest))  # (T, G, K, R, X)
-        return taken.transpose(1, 2).flatten(2, 3)
+        taken = states if self._in_order else states[self._member]
+        return taken.unflatten(0, (-1, self._largest)).transpose(1, 2).flatten(2, 3)  # from (T, G, K, R, X)
 
     def _alone(self, states: Tensor, times: int) -> Tensor:
         """The way back; `times` is R."""
-        parted = states.unflatten(2, (self._largest, times)).transpose(1, 2)  # (T, G, K, R, X)
-        return parted.flatten(0, 1)[self._place]
+        parted = states.unflatten(2, (self._largest, times)).transpose(1, 2).flatten(0, 1)  # (T G, K, R, X)
+        return parted if self._in_order else parted[self._place]
 
 
 def _taken(states: Tensor, places: Tensor) -> Tensor:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from memfactory.errors import MemFactoryError, RecipeError
 from memfactory.recipe import Recipe
+from memfactory.untested import refuse
 
 TESTED = (Version("0.26"), Version("0.32"))
 """vLLM from here up to, not including, there: those whose interfaces we rely on. 0.31.0 is the one in our tests."""
@@ -17,6 +18,24 @@ SERVED = "served"
 """Folder in the run folder with what servers load first, where they are sent all weights."""
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM takes for ``--max-lora-rank``."""
+
+
+def check_tested(where: str, version: str) -> None:
+    """Compare a version of vLLM with those whose interfaces we rely on; one that does not say what it is passes.
+
+    Args:
+        where: who has it, for the message.
+
+    Raises:
+        EngineError: see :func:`memfactory.untested.refuse`.
+    """
+    try:
+        inside = TESTED[0] <= Version(Version(version).base_version) < TESTED[1]
+    except InvalidVersion:
+        return
+    if not inside:
+        why = f"its interfaces were tested from {TESTED[0]} up to, not including, {TESTED[1]}"
+        refuse(f"{where} vLLM {version}", why, "install a tested one: pip install 'memfactory[gpu]'")
 
 
 def unfit(recipe: Recipe) -> list[MemFactoryError]:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from torch.distributed import DistError
 
 from memfactory.errors import EngineError, MemFactoryError
 
@@ -106,6 +107,15 @@ class Ranks:
     def first(self, value: Any) -> Any:
         """What rank 0 has, on every rank."""
         return self.gather([value])[0]
+
+    def lost(self, error: RuntimeError) -> EngineError | None:
+        """What to raise in the place of an error by which torch says that another process is gone or silent; None for
+        any other error. Such a process has told nobody: it was killed, or its machine is gone."""
+        if self.count == 1 or not (isinstance(error, DistError) or "gloo" in str(error)):
+            return None
+        why = str(error).partition("\n")[0]
+        fix = "see what ended it above, or in its own log; the same command goes on from the newest checkpoint"
+        return EngineError("another process of this run has ended, or does not answer", why, fix)
 
     @contextmanager
     def together(self) -> Iterator[None]:

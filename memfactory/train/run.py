@@ -56,14 +56,28 @@ def train(prepared: Prepared, *, start_over: bool = False, console: Console | No
         MemFactoryError: see its classes; the run folder keeps everything written so far.
         KeyboardInterrupt: a second SIGINT.
     """
-    ranks = Ranks()
+    clock = Clock.start()
+    check_launcher()
+    recipe, run = prepared.recipe, RunFolder(prepared.recipe.run_dir)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    config = build_config(
+        recipe.train,
+        checkpoints=run.checkpoints,
+        seed=recipe.seed,
+        max_completion_length=prepared.max_turn_tokens,
+    )
+    ranks = Ranks()  # not before there is a configuration: `use_cpu` in it decides how processes find each other
     console = (console or Console()) if ranks.main else Console(quiet=True)
-    run = RunFolder(prepared.recipe.run_dir)
     with StopOnSignal(console) as stop, ExitStack() as held:
         try:
-            return _train(prepared, run, stop, held, console, start_over=start_over)
+            return _train(prepared, run, config, clock, stop, held, console, start_over=start_over)
+        except RuntimeError as error:
+            if (lost := ranks.lost(error)) is not None:
+                raise lost from error
+            raise
         except Interrupted:
-            summary: dict[str, Any] = {"name": prepared.recipe.name}
+            summary: dict[str, Any] = {"name": recipe.name}
             if stop.opened:
                 summary |= run.read_summary()
             summary |= {"stopped": "interrupted", "signal": stop.name}
@@ -74,19 +88,17 @@ def train(prepared: Prepared, *, start_over: bool = False, console: Console | No
 
 
 def _train(
-    prepared: Prepared, run: RunFolder, stop: StopOnSignal, held: ExitStack, console: Console, *, start_over: bool
+    prepared: Prepared,
+    run: RunFolder,
+    config: GRPOConfig,
+    clock: Clock,
+    stop: StopOnSignal,
+    held: ExitStack,
+    console: Console,
+    *,
+    start_over: bool,
 ) -> dict[str, Any]:
-    clock = Clock.start()
-    check_launcher()
     recipe = prepared.recipe
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    config = build_config(
-        recipe.train,
-        checkpoints=run.checkpoints,
-        seed=recipe.seed,
-        max_completion_length=prepared.max_turn_tokens,
-    )
     asked = Asked.of(config)
     check_options(config, asked)
     check_started(asked)

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from packaging.version import InvalidVersion, Version
 
 from memfactory.endpoints.failures import RequestFailed
 from memfactory.endpoints.tally import Tally
 from memfactory.errors import EngineError
 from memfactory.policy.transformers_backend import TransformersPolicy
-from memfactory.policy.vllm_needs import BASE, TESTED, adapters_at_once, base_model, lora_rank
+from memfactory.policy.vllm_needs import BASE, adapters_at_once, base_model, check_tested, lora_rank
 from memfactory.policy.vllm_policy import LOOP, VLLMPolicy
 from memfactory.policy.vllm_pool import Fit, ServerPool
 from memfactory.policy.vllm_process import RolloutServer, colocated
@@ -152,7 +151,7 @@ async def _inspected(server: VLLMServer, recipe: Recipe, folder: Path, *, ours: 
             f"prompt and completion together may have {needed} (rollout.vllm.max_model_len)",
             f"start it with --max-model-len {needed}: memfactory serve-rollouts RECIPE",
         )
-    await _check_version(server)
+    check_tested(f"the server at {server.url} runs", await server.version())
     if not ours:
         await _check_flags(server, recipe)
     return Fit(longest if isinstance(longest, int) else None, 1 if ours else await server.engines())
@@ -183,20 +182,6 @@ async def _check_flags(server: VLLMServer, recipe: Recipe) -> None:
             f"the server at {server.url} was started without what the recipe needs",
             "missing: " + " ".join(flags),
             "add them, or let memfactory serve-rollouts RECIPE start it",
-        )
-
-
-async def _check_version(server: VLLMServer) -> None:
-    version = await server.version()
-    try:
-        inside = TESTED[0] <= Version(Version(version).base_version) < TESTED[1]
-    except InvalidVersion:  # it does not say
-        return
-    if not inside:
-        raise EngineError(
-            f"the server at {server.url} runs vLLM {version}",
-            f"its interfaces were tested from {TESTED[0]} up to, not including, {TESTED[1]}",
-            "install a tested one: pip install 'memfactory[gpu]'",
         )
 
 

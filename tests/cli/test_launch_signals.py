@@ -128,3 +128,29 @@ def test_two_processes_stop_at_once_on_a_second_ctrl_c(launched: Callable[..., L
     assert gone(ranks)
     assert "Traceback" not in run.output
     assert RunFolder(tmp_path / "run").latest_checkpoint() is None, "at once is without a checkpoint"
+
+
+def test_a_rank_that_is_killed_ends_the_launch_and_the_same_command_goes_on_to_the_same_end(
+    launched: Callable[..., Launched], tmp_path: Path
+) -> None:
+    options = ("--processes", "2", "train.save_steps=1")
+    whole = launched(*options, "output_dir=whole")
+    assert whole.code(600) == 0, whole.output[-3000:]
+    assert whole.output.count("before: ") == 2, "one process says it: at the evaluation, and at the end"
+
+    first = launched(*options)
+    ranks = first.held(2)
+    ranks[1].kill()
+    first.hold.unlink()
+    assert first.code() == 128 + signal.SIGKILL, first.output[-3000:]
+    assert gone(ranks)
+    assert "was ended by SIGKILL" in first.output
+    assert "another process of this run has ended" in first.output
+    assert "Traceback" not in first.output
+    assert RunFolder(tmp_path / "run").latest_checkpoint() is not None
+
+    again = launched(*options)
+    assert again.code(600) == 0, again.output[-3000:]
+    assert "resuming from" in again.output
+    for name in ("rewards.jsonl", "ledger.jsonl", "model/model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name

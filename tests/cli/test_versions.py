@@ -11,9 +11,10 @@ from packaging.version import Version
 from typer.testing import CliRunner
 
 from memfactory.cli.main import app
-from memfactory.cli.versions import UNTESTED, check_versions
+from memfactory.cli.versions import check_versions
 from memfactory.doctor.packages import stated_ranges
 from memfactory.errors import EngineError
+from memfactory.untested import UNTESTED
 
 COMMANDS = {
     "train": ["train", "memagent/quickstart"],

@@ -18,6 +18,7 @@ SHIPPED = {
     "single_gpu": Sharding.NONE,
     "ddp": Sharding.DDP,
     "fsdp2": Sharding.FSDP,
+    "fsdp2_offload": Sharding.FSDP,
     "zero1": Sharding.ZERO1,
     "zero2": Sharding.ZERO2,
     "zero3": Sharding.ZERO3,
@@ -77,6 +78,8 @@ def test_the_offloads_are_seen() -> None:
     assert read_config("zero3_offload").offloads("param")
     assert read_config("zero3_offload").offloads("optimizer")
     assert not read_config("zero3").offloads("optimizer")
+    assert read_config("fsdp2_offload").offloads("param")
+    assert read_config("fsdp2_offload").offloads("optimizer")
     assert not read_config("fsdp2").offloads("param")
 
 

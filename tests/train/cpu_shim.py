@@ -16,11 +16,13 @@ def install() -> None:
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     os.environ.pop("ACCELERATE_USE_CPU", None)
     from accelerate.state import DistributedType, PartialState
+    from torch.distributed.fsdp import CPUOffloadPolicy
 
     def gloo(*_: object, **__: object) -> tuple[str, DistributedType]:
         return "gloo", DistributedType.MULTI_GPU
 
     PartialState._prepare_backend = gloo
+    CPUOffloadPolicy.__init__.__defaults__ = (False,)  # pinned memory needs an accelerator
     if os.environ.get("MEMFACTORY_TEST_ENGINE", "").startswith("zero"):
         # Its shared-memory kernels for CPUs would be compiled first, a minute of work; gloo does without them. (Not an
         # import statement: `deepspeed.comm` has another `torch` among its names.)

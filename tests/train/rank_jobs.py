@@ -94,6 +94,10 @@ def _sharded(engine: str, *, fails: bool = False) -> dict[str, Job]:
     return jobs
 
 
+def _offloaded(engine: str) -> dict[str, Job]:
+    return {f"{engine} run": job("run", folder=engine, engine=engine, overrides=RECIPE)} | _resumed(engine)
+
+
 JOBS: dict[str, dict[str, Job]] = {
     "ddp": {name: job("gradient", case=spec) for name, spec in CASES.items()}
     | {f"{where} {ranks}": job("failure", where=where, ranks=ranks, engine="ddp") for where, ranks in FAILURES}
@@ -102,10 +106,12 @@ JOBS: dict[str, dict[str, Job]] = {
     | {"FSDP on CPUs": job("refused", overrides=[*RECIPE, "train.fsdp=true"])},
     "fsdp2": _sharded("fsdp2", fails=True)
     | {"fsdp2 checkpointing": job("run", folder="recomputed", engine="fsdp2", overrides=[*RECIPE, *CHECKPOINTING])}
-    | {"fsdp2 LoRA": job("run", folder="adapter", engine="fsdp2", overrides=[*RECIPE, *LORA])},
+    | {"fsdp2 LoRA": job("run", folder="adapter", engine="fsdp2", overrides=[*RECIPE, *LORA])}
+    | _offloaded("fsdp2_offload"),
     # a process in which ZeRO-3 has failed does not train another adapter: it waits for ever
     "zero": _sharded("zero2")
     | {"zero3 LoRA": job("run", folder="zero3-adapter", engine="zero3", overrides=[*RECIPE, *LORA, *CHECKPOINTING])}
+    | _offloaded("zero3_offload")
     | _sharded("zero3", fails=True)
     | {f"zero1: {name}": job("difference", case=CASES[of], engine="zero1") for name, of in list(SHARDED.items())[:1]}
     | {"DeepSpeed that clips": job("refused", overrides=[*RECIPE, *_CLIPS])},

@@ -18,6 +18,7 @@ from tests.train.rank_jobs import CASES, RECIPE, SHARDED
 
 pytestmark = pytest.mark.slow
 PAIR = {"ddp": "ddp", "fsdp2": "fsdp2", "zero1": "zero", "zero2": "zero", "zero3": "zero"}
+PAIR |= {"fsdp2_offload": "fsdp2", "zero3_offload": "zero"}
 
 
 def flat(file):
@@ -63,7 +64,7 @@ def test_saved_model_is_the_trained_one(pairs, engine):
     assert len({len(turns) for turns in said}) > 1, "all episodes have equally many turns: nothing is unequal here"
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["fsdp2", "fsdp2_offload", "zero2", "zero3", "zero3_offload"])
 def test_run_is_that_of_ddp(bench, pairs, engine):
     ddp, sharded = pairs["ddp"][0] / "ddp", pairs[PAIR[engine]][0] / engine
     ours, theirs = flat(sharded / "model" / "model.safetensors"), flat(ddp / "model" / "model.safetensors")

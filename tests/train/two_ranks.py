@@ -49,10 +49,13 @@ def options(engine: str) -> dict[str, Any]:
     """Of `train:`, for an engine."""
     if engine == "ddp":
         return {}
-    if engine == "fsdp2":
-        return {"fsdp": True, "use_cpu": False}
+    name, _, offload = engine.partition("_")
+    if name == "fsdp2":
+        return {"fsdp": True, "use_cpu": False} | ({"fsdp_config": {"cpu_offload": True}} if offload else {})
     automatic = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    zero = {"stage": int(engine.removeprefix("zero"))}
+    zero: dict[str, Any] = {"stage": int(name.removeprefix("zero"))}
+    if offload:  # pinned memory needs a GPU
+        zero |= {f"offload_{what}": {"device": "cpu", "pin_memory": False} for what in ("optimizer", "param")}
     return {"use_cpu": False, "deepspeed": dict.fromkeys(automatic, "auto") | {"zero_optimization": zero}}
 
 
