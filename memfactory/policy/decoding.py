@@ -27,6 +27,7 @@ from memfactory.episode import StopReason
 from memfactory.policy.base import Sampling
 from memfactory.policy.branches import KEYWORD
 from memfactory.policy.decode_attention import grouped
+from memfactory.policy.few_rows import gaining, turned
 from memfactory.policy.prefill import Prefilled, Started, prefill
 from memfactory.policy.prefix_support import Support
 
@@ -154,7 +155,7 @@ def _decode(
     live = list(sequences)
     cache, logits, mask, positions = started.cache, started.logits, started.mask, started.positions
     context, kept = started.context, started.kept
-    ends = frozenset(eos_ids)
+    ends, layers = frozenset(eos_ids), gaining(model)
     done: list[bool] = [False] * len(live)
     while True:
         next_ids, logprobs = sampler.draw(logits, context, [sequence.random for sequence in live])
@@ -193,11 +194,12 @@ def _decode(
         how: dict[str, Any] = {"attention_mask": mask}
         if kept is not None:
             how = {"attention_mask": mask[:, None, None].bool(), KEYWORD: kept}
-        logits = model(
-            input_ids=step_ids,
-            **how,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]  # (B, V)
+        with turned(layers):
+            logits = model(
+                input_ids=step_ids,
+                **how,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]  # (B, V)

@@ -424,3 +424,26 @@ def test_a_model_that_cannot_share_generates_all_the_same(bench, tokenizer):
     policies = [TransformersPolicy(model, tokenizer, sampling=Sampling(0.0), share_prefix=share) for share in (0, 1)]
     one, other = (generate(policy, prompts, [9] * len(prompts)) for policy in policies)
     assert [turn.completion_ids for turn in one] == [turn.completion_ids for turn in other]
+
+
+@pytest.mark.parametrize("longest", [(6, 40), (40, 6)])
+def test_two_policies_on_one_model_decode_beside_each_other(bench, tokenizer, longest):
+    """Each goes on whenever a turn of the other ends, and one is done when the other is in the middle of its batch."""
+    model = bench.make_model("llama", len(tokenizer))
+    prompts = texts(4)
+    limits = [[2 + 5 * number % most for number in range(len(prompts))] for most in longest]
+    policies = [TransformersPolicy(model, tokenizer, sampling=Sampling(0.0)) for _ in longest]
+    alone = [generate(policy, prompts, own) for policy, own in zip(policies, limits, strict=True)]
+
+    async def together():
+        asked = [
+            policy.generate([{"role": "user", "content": text}], module="write", max_tokens=most)
+            for policy, own in zip(policies, limits, strict=True)
+            for text, most in zip(prompts, own, strict=True)
+        ]
+        return await asyncio.gather(*asked)
+
+    turns = asyncio.run(together())
+    for one, other in zip([turn for turns in alone for turn in turns], turns, strict=True):
+        assert one.completion_ids == other.completion_ids
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
