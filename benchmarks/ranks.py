@@ -78,9 +78,13 @@ def measure(spec: Spec, ranks: int, scratch: Path) -> dict[str, Any]:
     finally:
         for process in running:
             process.kill()
-    for rank, code in enumerate(codes):
-        if code:
-            raise SystemExit(f"rank {rank} failed:\n{(scratch / f'log{rank}').read_text()[-4000:]}")
+    failed = [
+        f"rank {rank} ended with {code}:\n{(scratch / f'log{rank}').read_text()[-2000:]}"
+        for rank, code in enumerate(codes)
+        if code
+    ]
+    if failed:  # all of them: one that is killed takes the others with it
+        raise SystemExit("\n".join(failed))
     results = [json.loads((scratch / f"result{rank}.json").read_text()) for rank in range(ranks)]
     slowest = max(results, key=lambda result: result["total_seconds"])
     return slowest | {"cpu_seconds": sum(result["cpu_seconds"] for result in results)}

@@ -3,9 +3,12 @@
 import re
 import string
 from collections import Counter
+from functools import cache
+from typing import Any
 
 from memfactory import Answer, Episode, Score, reward
 from memfactory.environments.dialogue_sessions import NO_INFORMATION
+from memfactory.errors import RewardError
 
 MULTI_HOP, OPEN_DOMAIN, ADVERSARIAL = "1", "3", "5"
 
@@ -23,9 +26,8 @@ def f1(episode: Episode) -> float | Score:
     - 5, adversarial: 1 if the answer says "no information available" or "not mentioned", else 0.
     - any other: F1.
 
-    F1 = 2 |answer & gold| / (|answer| + |gold|) over lower-cased words without punctuation and without a, an, the and
-    "and". The official script also reduces every word to its stem (Porter), which this does not: "camping" and
-    "camped" are two words here, so values are a little lower. Of several golds the best counts.
+    F1 = 2 |answer & gold| / (|answer| + |gold|) over the stems (nltk's Porter stemmer, as the official script has it) of
+    lower-cased words without punctuation and without a, an, the and "and". Of several golds the best counts.
 
     Gaming: as `answer.token_f1`. In category 1 an answer that lists many parts pays, because parts that are in no gold
     cost nothing. In category 5 a disclaimer before a wrong answer is enough.
@@ -56,4 +58,19 @@ def _overlap(text: str, gold: str) -> float:
 
 
 def _words(text: str) -> list[str]:
-    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
+    return [_stem(word) for word in _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()]
+
+
+@cache
+def _stem(word: str) -> str:
+    return str(_stemmer().stem(word))
+
+
+@cache
+def _stemmer() -> Any:
+    try:
+        from nltk.stem.porter import PorterStemmer
+    except ImportError as error:
+        why = "it reduces words to their stems with nltk, which is not installed"
+        raise RewardError("locomo.f1", why, "pip install 'memfactory[train]'") from error
+    return PorterStemmer()

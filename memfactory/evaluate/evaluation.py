@@ -7,7 +7,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 from memfactory.agents.base import Agent
 from memfactory.agents.baselines import Baseline, BaselineAgent, answerable
-from memfactory.agents.running import run_episodes
+from memfactory.agents.running import blocking, episodes_of
 from memfactory.episode import Episode, Task
 from memfactory.errors import MemFactoryError
 from memfactory.evaluate.candidates import Candidate
@@ -23,6 +23,7 @@ from memfactory.evaluate.failures import by_fault, too_many
 from memfactory.evaluate.folder import EvalFolder, Place, from_record, key_of, place_of, to_record
 from memfactory.evaluate.rows import Measured, Mode, Row, compare, row_of, scores_on
 from memfactory.evaluate.run import episode_name
+from memfactory.loops import together
 from memfactory.policy.routing import RoutedPolicy
 from memfactory.reward.faults import UNMEASURED, not_run
 from memfactory.runs import Record
@@ -52,6 +53,7 @@ class Plan:
 class Run:
     """One episode that is wanted."""
 
+    candidate: Candidate
     suite: Measured
     mode: Mode
     task: Task
@@ -92,21 +94,23 @@ def evaluate(plan: Plan, load: Load, folder: EvalFolder, progress: Progress) -> 
     result = Evaluation(records=dict(cached))
     known = {} if plan.fresh else {record["key"]: record for record in cached.values()}
     compared: dict[tuple[str, str], list[Run]] = {}
-    for candidate in plan.candidates:
-        suites = _suites(plan, candidate, result.notes)
-        runs = list(_runs(plan, candidate, suites))
-        missing = list({run.key: run for run in runs if run.key not in known}.values())
-        fresh: dict[str, Episode] = {}
-        if missing:
+    asked = [(candidate, _suites(plan, candidate, result.notes)) for candidate in plan.candidates]
+    runs = [run for candidate, suites in asked for run in _runs(plan, candidate, suites)]
+    missing = {run.key: run for run in runs[::-1] if run.key not in known}  # of equal ones, the first candidate's
+    fresh: dict[str, Episode] = {}
+    for candidate, suites in asked:
+        wanted = [run for run in missing.values() if _loaded(run.candidate) == _loaded(candidate)]
+        if wanted:
             policy = load(candidate)
             try:
-                fresh = _run(plan, candidate, policy, missing, folder, known, progress)
+                fresh |= _run(plan, policy, wanted[::-1], folder, known, progress)
             finally:
                 policy.close()
-            result.ran += len(missing)
+            result.ran += len(wanted)
+            missing = {key: run for key, run in missing.items() if key not in fresh}
         for suite in suites:
             for mode in plan.modes:
-                own = [run for run in runs if run.suite is suite and run.mode is mode]
+                own = [run for run in runs if run.candidate is candidate and run.suite is suite and run.mode is mode]
                 # an episode that stands in several places is measured in each on a copy of its own
                 episodes = [
                     fresh.pop(run.key) if run.key in fresh else from_record(known[run.key], run.task) for run in own
@@ -124,7 +128,7 @@ def evaluate(plan: Plan, load: Load, folder: EvalFolder, progress: Progress) -> 
                 _check_failures(plan, row, mode, faults.examples, result)
                 result.rows.append(row)
                 for run, episode, spent in zip(own, episodes, seconds, strict=True):
-                    record = to_record(episode, **_place(run, candidate, spent))
+                    record = to_record(episode, **_place(run, spent))
                     result.records[place_of(record)] = record
     compare(result.rows)
     return result
@@ -177,7 +181,7 @@ def _runs(plan: Plan, candidate: Candidate, suites: Sequence[Measured]) -> Itera
             for task in suite.tasks:
                 for sample in range(mode.samples):
                     told = f"{content[id(task)]}/{settings}/{sample}"
-                    yield Run(suite, mode, task, sample, hashlib.sha256(told.encode()).hexdigest()[:20])
+                    yield Run(candidate, suite, mode, task, sample, hashlib.sha256(told.encode()).hexdigest()[:20])
 
 
 def _content(task: Task, candidate: Candidate) -> str:
@@ -187,51 +191,76 @@ def _content(task: Task, candidate: Candidate) -> str:
     return key_of(task, [[evidence.text for evidence in probe.evidence] for probe in task.probes])
 
 
+def _loaded(candidate: Candidate) -> Candidate:
+    """The same for all candidates that what is loaded for one of them answers for: a model and its baselines."""
+    return replace(candidate, name="", baseline=None)
+
+
 def _run(
     plan: Plan,
-    candidate: Candidate,
     policy: RoutedPolicy,
     runs: Sequence[Run],
     folder: EvalFolder,
     known: dict[str, Record],
     progress: Progress,
 ) -> dict[str, Episode]:
-    """Episodes of `runs` by key. Tasks, suites and samples that draw in the same way are run together.
+    """Episodes of `runs`, by key, for all of which `policy` answers. Candidates, tasks, suites and samples that draw
+    in the same way are run together.
 
     Args:
         known: lines by key; those of the new episodes are added.
     """
-    agent = BaselineAgent(plan.agent, candidate.baseline) if candidate.baseline is not None else plan.agent
+    agents: dict[Baseline | None, Agent] = {
+        kind: plan.agent if kind is None else BaselineAgent(plan.agent, kind)
+        for kind in dict.fromkeys(run.candidate.baseline for run in runs)
+    }
     done: dict[str, Episode] = {}
     for mode in plan.modes:
         wanted = [run for run in runs if run.mode is mode]
         if not wanted:
             continue
-        bar = progress.add_task(f"{candidate.name} ({mode.name})", total=len(wanted))
+        bars = {
+            name: progress.add_task(f"{name} ({mode.name})", total=total)
+            for name, total in Counter(run.candidate.name for run in wanted).items()
+        }
         with policy.drawing(mode.sampling, plan.seed):
-            for module in getattr(agent, "modules", ()):
+            for module in [module for agent in agents.values() for module in getattr(agent, "modules", ())]:
                 if hasattr(module, "seed"):  # draws of its own (a reranker); training seeds it anew at every rollout
                     module.seed(plan.seed)
             for start in range(0, len(wanted), plan.concurrent):
-                block = wanted[start : start + plan.concurrent]
-                names = [episode_name(run.task, run.sample) for run in block]
-                by_name = {(id(run.task), name): run for run, name in zip(block, names, strict=True)}
-                clock = _Clock()
+                block, clock = wanted[start : start + plan.concurrent], _Clock()
 
-                def on_done(
-                    episode: Episode, by_name: dict[Any, Run] = by_name, clock: _Clock = clock, bar: Any = bar
-                ) -> None:
-                    run = by_name[id(episode.task), episode.id]
-                    known[run.key] = to_record(episode, **_place(run, candidate, clock.lap()))
+                def finished(run: Run, episode: Episode, clock: _Clock = clock, bars: dict[str, Any] = bars) -> None:
+                    known[run.key] = to_record(episode, **_place(run, clock.lap()))
                     done[run.key] = episode
                     if not episode.failed:  # it is tried again the next time
                         folder.append(known[run.key])
-                    progress.advance(bar)
+                    progress.advance(bars[run.candidate.name])
 
-                tasks = [run.task for run in block]
-                run_episodes(agent, tasks, policy, on_done, names=names, tolerated=(MemFactoryError,))
+                parts = [
+                    (agent, [run for run in block if run.candidate.baseline is kind]) for kind, agent in agents.items()
+                ]
+                blocking(lambda parts=parts, finished=finished: _together(parts, policy, finished))  # type: ignore[misc]
                 policy.confirm()
     return done
+
+
+async def _together(
+    parts: Sequence[tuple[Agent, Sequence[Run]]], policy: RoutedPolicy, finished: Callable[[Run, Episode], None]
+) -> None:
+    """Run all of `parts` at the same time; `finished` is called with each episode."""
+
+    async def part(agent: Agent, runs: Sequence[Run]) -> None:
+        names = [episode_name(run.task, run.sample) for run in runs]
+        by_name = {(id(run.task), name): run for run, name in zip(runs, names, strict=True)}
+
+        def on_done(episode: Episode) -> None:
+            finished(by_name[id(episode.task), episode.id], episode)
+
+        tasks = [run.task for run in runs]
+        await episodes_of(agent, tasks, policy, on_done, names=names, tolerated=(MemFactoryError,))
+
+    await together(part(agent, runs) for agent, runs in parts if runs)
 
 
 class _Clock:
@@ -245,10 +274,10 @@ class _Clock:
         return round(self.last - before, 4)
 
 
-def _place(run: Run, candidate: Candidate, seconds: float) -> dict[str, Any]:
+def _place(run: Run, seconds: float) -> dict[str, Any]:
     return {
         "split": run.suite.name,
-        "candidate": candidate.name,
+        "candidate": run.candidate.name,
         "mode": run.mode.name,
         "sample": run.sample,
         "key": run.key,

@@ -474,11 +474,13 @@ class EpisodeGRPOTrainer(GRPOTrainer):
                 everywhere = [own[place][number] for own in sizes if number < len(own[place])]
                 size = max((rows for rows, _ in everywhere), default=1)
                 values = [weights[id(row)] for row in part.rows]
-                micro = collate(part.rows, values, self._tokenizer.pad_token_id, size)
+                # rows that fill up are not to begin like the stem, of which no hidden state is computed here
+                padding = next(id for id in (self._tokenizer.pad_token_id, 0, 1) if id not in part.stem[:1])
+                micro = collate(part.rows, values, padding, size)
                 ids = [row.prompt_ids + row.completion_ids for row in part.rows]
                 self._computed_tokens[0] += sum(map(len, ids))
                 self._computed_tokens[1] += part.grown + self._scorer.positions(
-                    [*ids, *[[0, 0]] * (size - len(ids))],
+                    [*ids, *[[padding, padding]] * (size - len(ids))],
                     part.stem,
                     joined=number > 0 and number <= len(step) and bool(step[number - 1].stem),
                 )

@@ -20,16 +20,18 @@ from rich.console import Console
 pytest.importorskip("torch")
 
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memfactory.agents import build_agent
+from memfactory.agents.baselines import Baseline
 from memfactory.episode import Probe, Task
 from memfactory.errors import DataError, EngineError, MemFactoryError, RecipeError
-from memfactory.evaluate import fingerprints
+from memfactory.evaluate import fingerprints, job
 from memfactory.evaluate.candidates import Candidate, apart, find_candidates, weights_fingerprint
 from memfactory.evaluate.job import Asked, Done, _plan, run_evaluation
 from memfactory.evaluate.preflight import check_context
 from memfactory.modules.prompts import PROMPT_SETS, PromptOrder
+from memfactory.policy import transformers_backend
 from memfactory.policy.rendering import prompt_of
 from memfactory.policy.tiny import tiny_tokenizer
 from memfactory.recipe import load_recipe
@@ -209,6 +211,42 @@ def test_suites_and_baselines_stand_in_the_same_table(forked: Server, trained: P
     for line in shown:
         evidence = [e["text"] for probe in line["task"]["probes"] for e in probe["evidence"]]
         assert [entry["text"] for entry in line["turns"][0]["retrieved"]] == evidence
+
+
+@pytest.mark.slow
+def test_a_model_is_loaded_once_for_itself_and_its_baselines(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And their turns are decoded together, which changes none of them."""
+    loaded: list[Any] = []
+    batches: list[set[str]] = []
+    load, decode = job.load_policy, transformers_backend.decode
+
+    def noted(model: Any, sequences: Any, *rest: Any, **options: Any) -> Any:
+        batches.append({tokenizer.decode(sequence.prompt_ids) for sequence in sequences})
+        return decode(model, sequences, *rest, **options)
+
+    def counted(*asked: Any, **options: Any) -> Any:
+        loaded.append(load(*asked, **options))
+        return loaded[-1]
+
+    tokenizer = AutoTokenizer.from_pretrained(trained / "model")
+    monkeypatch.setattr(job, "load_policy", counted)
+    monkeypatch.setattr(transformers_backend, "decode", noted)
+    kinds = [Baseline.FULL_CONTEXT, Baseline.ORACLE]
+    evaluated(trained, tmp_path / "together", checkpoints=[trained], baselines=kinds)
+    assert len(loaded) == 2, "base and checkpoint"
+    first = batches[0]
+    assert len(first) == 3 * TASKS, "first turns of the agent and of both baselines"
+    for kind in kinds:
+        evaluated(trained, tmp_path / kind, checkpoints=[trained], baselines=[kind])
+        told = [
+            {name: value for name, value in line.items() if name != "seconds"}
+            for line in lines(tmp_path / "together")
+            if line["candidate"] in ("base", "short", f"{kind} (base)")
+        ]
+        alone = [{name: value for name, value in line.items() if name != "seconds"} for line in lines(tmp_path / kind)]
+        assert told == alone
 
 
 def test_candidates_of_one_name_are_told_apart() -> None:

@@ -20,7 +20,8 @@ def score(*triples: tuple[str, str | None, str]) -> float | Score:
     [
         ("4", "The red boat", "a red boat!", 1),
         ("4", "red boat and oars", "red boat", 0.8),  # "and" is no word: P = 2/3, R = 1
-        ("4", "boats", "boat", 0),  # no stems
+        ("4", "boats", "boat", 1),  # by their stems
+        ("4", "They went camping happily", "camped, happy", 1 / 3),  # they went camp happili; camp happi
         ("4", "red, boat", "red boat", 1),  # commas split in category 1 alone
         ("4", "the", "the", 0),  # no word is left, as in the official script
         ("4", "", "boat", 0),

@@ -106,13 +106,15 @@ def single_turn(task: Task, rng: random.Random, prompt: list[int], reward: float
     return Episode(task, [turn], memory=str(reward))
 
 
-def recorded_groups(tasks: int, generations: int, seed: int = 0, *, dead: int = 0) -> dict[str, list[Episode]]:
-    """Single-turn episodes by task id; in the last `dead` groups all rewards are equal."""
+def recorded_groups(
+    tasks: int, generations: int, seed: int = 0, *, dead: int = 0, begin: Sequence[int] = ()
+) -> dict[str, list[Episode]]:
+    """Single-turn episodes by task id; in the last `dead` groups all rewards are equal. Prompts begin with `begin`."""
     rng = random.Random(seed)
     groups = {}
     for number in range(tasks):
         task = Task(f"w{number}", (), ())
-        prompt = ids(rng, 3, 12)
+        prompt = [*begin, *ids(rng, 3, 12)]
         rewards = [rng.choice([0.0, 0.25, 1.0]) for _ in range(generations - 2)] + [0.0, 1.0]
         if number >= tasks - dead:
             rewards = [1.0] * generations

@@ -7,18 +7,28 @@ shim in an environment with DeepSpeed.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from tests.train.launching import ROOT, job
 
 Job = dict[str, Any]
+PADDING = 0
+"""The id of the tests' tokenizer."""
 
 
 def case(
-    *, budget: int = 40, dead: int = 0, tasks: int = 4, seed: int = 1, every_scope: bool = False, **options: Any
+    *,
+    budget: int = 40,
+    dead: int = 0,
+    tasks: int = 4,
+    seed: int = 1,
+    begin: Sequence[int] = (),
+    every_scope: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
     """A step on recorded episodes; batch size x 2 ranks x accumulation are all of them."""
-    groups = {"tasks": tasks, "generations": 4, "seed": seed, "dead": dead}
+    groups = {"tasks": tasks, "generations": 4, "seed": seed, "dead": dead, "begin": begin}
     options = {"num_generations": 4} | options
     return {"groups": groups, "budget": budget, "every_scope": every_scope, "options": options}
 
@@ -43,6 +53,8 @@ CASES = {
         steps_per_generation=1,
         shuffle_dataset=False,
     ),
+    # rows that fill up a pass hold padding, and nothing else
+    "prompts begin with the padding's id": case(begin=[PADDING] * 5, per_device_train_batch_size=8),
     "with a small token budget": case(budget=1, per_device_train_batch_size=4, gradient_accumulation_steps=2),
 }
 SHARDED = {
