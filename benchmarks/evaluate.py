@@ -3,10 +3,10 @@
     python benchmarks/evaluate.py
     MEMFACTORY_VLLM_PYTHON=.venv-engines/bin/python python benchmarks/evaluate.py --vllm --smollm2
 
-MemAgent over two chunks with a model of 29 M random weights in float32, or SmolLM2-135M. The raw backend knows every prompt beforehand
-and writes as many tokens: with transformers it is `generate` in batches of as many rows as were in flight here, one
-turn after the other; with a real vLLM server it is one POST for each length with all prompts of all turns. It draws no
-episode apart, measures no reward and writes no file. Ratios are of one run on the same machine.
+MemAgent over two chunks with a model of 29 M random weights in float32, or SmolLM2-135M. The raw backend knows every
+prompt beforehand and writes as many tokens: with transformers it is `generate` in batches of as many rows as were in
+flight here, one turn after the other; with a real vLLM server it is one POST for each length with all prompts of all
+turns. It draws no episode apart, measures no reward and writes no file. Ratios are of one run on the same machine.
 """
 
 from __future__ import annotations
