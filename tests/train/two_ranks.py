@@ -54,9 +54,11 @@ def options(engine: str) -> dict[str, Any]:
         return {"fsdp": True, "use_cpu": False} | ({"fsdp_config": {"cpu_offload": True}} if offload else {})
     automatic = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     zero: dict[str, Any] = {"stage": int(name.removeprefix("zero"))}
-    if offload:  # pinned memory needs a GPU
+    own: dict[str, Any] = dict.fromkeys(automatic, "auto")
+    if offload:  # pinned memory needs a GPU; DeepSpeed's own AdamW for CPUs is compiled first, a minute of work
+        own["zero_force_ds_cpu_optimizer"] = False
         zero |= {f"offload_{what}": {"device": "cpu", "pin_memory": False} for what in ("optimizer", "param")}
-    return {"use_cpu": False, "deepspeed": dict.fromkeys(automatic, "auto") | {"zero_optimization": zero}}
+    return {"use_cpu": False, "deepspeed": own | {"zero_optimization": zero}}
 
 
 def step(case: dict[str, Any], folder: Path, engine: str) -> tuple[list[torch.Tensor], EpisodeGRPOTrainer, Any]:
