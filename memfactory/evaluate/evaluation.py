@@ -94,23 +94,29 @@ def evaluate(plan: Plan, load: Load, folder: EvalFolder, progress: Progress) -> 
     result = Evaluation(records=dict(cached))
     known = {} if plan.fresh else {record["key"]: record for record in cached.values()}
     compared: dict[tuple[str, str], list[Run]] = {}
-    asked = [(candidate, _suites(plan, candidate, result.notes)) for candidate in plan.candidates]
-    runs = [run for candidate, suites in asked for run in _runs(plan, candidate, suites)]
-    missing = {run.key: run for run in runs[::-1] if run.key not in known}  # of equal ones, the first candidate's
+    asked = []
+    missing: dict[str, Run] = {}  # of equal ones, the first candidate's
+    for candidate in plan.candidates:
+        suites = _suites(plan, candidate, result.notes)
+        runs = list(_runs(plan, candidate, suites))
+        asked.append((candidate, suites, runs))
+        for run in runs:
+            if run.key not in known:
+                missing.setdefault(run.key, run)
     fresh: dict[str, Episode] = {}
-    for candidate, suites in asked:
+    for candidate, suites, runs in asked:
         wanted = [run for run in missing.values() if _loaded(run.candidate) == _loaded(candidate)]
         if wanted:
             policy = load(candidate)
             try:
-                fresh |= _run(plan, policy, wanted[::-1], folder, known, progress)
+                fresh |= _run(plan, policy, wanted, folder, known, progress)
             finally:
                 policy.close()
             result.ran += len(wanted)
             missing = {key: run for key, run in missing.items() if key not in fresh}
         for suite in suites:
             for mode in plan.modes:
-                own = [run for run in runs if run.candidate is candidate and run.suite is suite and run.mode is mode]
+                own = [run for run in runs if run.suite is suite and run.mode is mode]
                 # an episode that stands in several places is measured in each on a copy of its own
                 episodes = [
                     fresh.pop(run.key) if run.key in fresh else from_record(known[run.key], run.task) for run in own

@@ -196,9 +196,7 @@ def test_gradients_of_every_parameter_are_those_of_separate_sequences(kind, lora
         calls.append(len(calls))
         alone, expected = gradients(model, found, shared=False)
         torch.testing.assert_close(logps, alone, atol=1e-5, rtol=1e-5)
-        assert apart(grads, expected) < 2e-5  # rounding alone: of a matrix of an adapter, 1.06e-5 was seen
-        every, other = (torch.cat([one[name].flatten() for name in expected]) for one in (grads, expected))
-        assert float((every - other).norm() / other.norm()) < 1e-5
+        assert apart(grads, expected) < 1e-5
 
     with pytest.MonkeyPatch.context() as patch:
         passes = []
