@@ -107,11 +107,15 @@ def test_the_warning_of_a_batch_system_reaches_the_processes(tmp_path: Path) -> 
 
 
 def test_a_third_ctrl_c_leaves_nobody_behind(tmp_path: Path) -> None:
-    program = """
+    program = r"""
 import os, signal, time
+
+def tell(*_):  # a whole line at once: torchrun starts Python with -u, where print() writes the end of a line by itself
+    os.write(1, b"%d\n" % os.getpid())
+
 for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda *_: print(os.getpid(), flush=True))  # deaf, like one that waits for a device
-print(os.getpid(), flush=True)
+    signal.signal(number, tell)  # deaf, like one that waits for a device
+tell()
 while True:
     time.sleep(0.1)
 """
