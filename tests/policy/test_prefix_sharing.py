@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -190,13 +190,17 @@ def test_gradients_of_every_parameter_are_those_of_separate_sequences(kind, lora
     attend = prefix_sharing.Plan.attend
 
     @settings(max_examples=10, deadline=None)
-    @given(found=st.integers(0, 10**6).map(tree))
-    def check(found):
+    @given(seed=st.integers(0, 10**6))
+    @example(seed=193171)  # where separate sequences themselves are 9.2e-6 from float64, on Llama with LoRA
+    def check(seed):
+        found = tree(seed)
         logps, grads = gradients(model, found, shared=True)
         calls.append(len(calls))
         alone, expected = gradients(model, found, shared=False)
         torch.testing.assert_close(logps, alone, atol=1e-5, rtol=1e-5)
-        assert apart(grads, expected) < 1e-5
+        if apart(grads, expected) >= 1e-5:  # two roundings; which of them it is, separate sequences tell in float64
+            _, exact = gradients(copy.deepcopy(model).double(), found, shared=False)
+            assert apart(grads, exact) < 1e-5
 
     with pytest.MonkeyPatch.context() as patch:
         passes = []
