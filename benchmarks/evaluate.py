@@ -1,12 +1,16 @@
 """What an evaluation keeps of its backend's speed: 64 tasks, 4 samples each, against the same prompts sent at once.
 
     python benchmarks/evaluate.py
-    MEMFACTORY_VLLM_PYTHON=.venv-engines/bin/python python benchmarks/evaluate.py --vllm --smollm2
+    MEMFACTORY_VLLM_PYTHON=.venv-engines/bin/python python benchmarks/evaluate.py --vllm
+    MEMFACTORY_VLLM_PYTHON=.venv-engines/bin/python python benchmarks/evaluate.py --vllm --checkpoints
 
 MemAgent over two chunks with a model of 29 M random weights in float32, or SmolLM2-135M. The raw backend knows every
 prompt beforehand and writes as many tokens: with transformers it is `generate` in batches of as many rows as were in
 flight here, one turn after the other; with a real vLLM server it is one POST for each length with all prompts of all
 turns. It draws no episode apart, measures no reward and writes no file. Ratios are of one run on the same machine.
+
+With `--checkpoints` the raw backend is left out: two adapters are evaluated on few tasks, one after the other, at the
+same time, and one after the other again.
 """
 
 from __future__ import annotations
@@ -42,6 +46,8 @@ from memfactory.train.prepare import Prepared, prepare
 from memfactory.train.start import load_policy
 
 TASKS, SAMPLES, TARGET = 64, 4, 0.85
+FEW = 8
+"""Tasks with `--checkpoints`, as many as have one sample each: what a server has room for."""
 MODEL = TinyModel(hidden_size=512, layers=8, heads=8, mlp_size=1536, initializer_range=0.05)
 
 
@@ -112,6 +118,38 @@ def measured(prepared: Prepared, policy: Watched, folder: Path, count: int = TAS
     return time.perf_counter() - start
 
 
+def two_checkpoints(prepared: Prepared, folder: Path) -> None:
+    """Print the seconds of two adapters, at the same time and one after the other."""
+    options = prepared.eval_options
+    suite = Measured("own", prepared.eval_tasks[:FEW], options.rewards, options.metric)
+    base = load_policy(prepared, None)  # an adapter that changes nothing is as much work as any
+    base.close()
+    candidates = [Candidate(name, None, name, untrained=True) for name in ("one", "other")]
+    told = {candidate.fingerprint: str(place) for place, candidate in enumerate(candidates)}
+    seconds = []
+    for number, models in enumerate((1, 2, 1)):
+        plan = Plan(
+            agent=prepared.agent,
+            suites=[suite],
+            candidates=candidates,
+            modes=[Mode("greedy", Sampling(0.0))],
+            seed=number,
+            asked="benchmark",
+            models_at_once=models,
+        )
+
+        def load(candidate: Candidate, models: int = models) -> RoutedPolicy:
+            return load_policy(prepared, None, label=told[candidate.fingerprint] if models > 1 else "")
+
+        where = EvalFolder(folder / f"evals-{number}")
+        start = time.perf_counter()
+        with where.held(), progress_bar(Console(quiet=True)) as progress:
+            evaluate(plan, load, where, progress)
+        seconds.append(time.perf_counter() - start)
+        print(f"{models} at once: {seconds[-1]:.1f} s")
+    print(f"at the same time {(seconds[0] + seconds[2]) / 2 / seconds[1]:.2f} times as fast as one after the other")
+
+
 def raw_transformers(policy: Watched) -> float:
     """Seconds of `generate` for the same prompts, wave by wave, rows of a batch left-padded to the longest."""
     inner: Any = policy.trained
@@ -167,7 +205,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm", action="store_true", help="a vLLM server samples")
     parser.add_argument("--smollm2", action="store_true", help="with SmolLM2-135M")
+    parser.add_argument("--checkpoints", action="store_true", help="two adapters over --vllm")
     options = parser.parse_args()
+    if options.checkpoints and not options.vllm:
+        parser.error("--checkpoints needs --vllm")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         folder, port, url = Path(scratch), None, ""
@@ -187,6 +228,9 @@ def main() -> None:
             process = RolloutServer(command, environment(os.environ, gpu=False), url, folder / "log")
             running = stack.enter_context(process)
             print(f"server up after {running.wait_healthy(600):.0f} s")
+        if options.checkpoints:
+            two_checkpoints(prepared, folder)
+            return
         policy = Watched(load_policy(prepared, None))
         measured(prepared, Watched(policy), folder / "first", 1)  # compiles what is needed, opens connections
         if options.vllm:

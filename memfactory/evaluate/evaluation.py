@@ -8,6 +8,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import astuple, dataclass, field, replace
 from typing import Any, Protocol
 
@@ -43,6 +44,8 @@ class Plan:
     """What else decides what an episode is: the agent, who answers for its modules, the engine. JSON can hold it."""
     concurrent: int = 2048
     """Episodes in flight at once; bounds host memory, not results."""
+    models_at_once: int = 1
+    """Models whose episodes are in flight at once, where each is held by servers beside the others."""
     max_failed_share: float = 0.25
     """Share of the episodes of one candidate on one suite that may fail; with more, its row tells no mean."""
     fresh: bool = False
@@ -103,17 +106,21 @@ def evaluate(plan: Plan, load: Load, folder: EvalFolder, progress: Progress) -> 
         for run in runs:
             if run.key not in known:
                 missing.setdefault(run.key, run)
+    result.ran = len(missing)
+    waiting: dict[Candidate, list[Run]] = {}  # by what is to be loaded, in the order of candidates
+    for run in missing.values():
+        waiting.setdefault(_loaded(run.candidate), []).append(run)
     fresh: dict[str, Episode] = {}
     for candidate, suites, runs in asked:
-        wanted = [run for run in missing.values() if _loaded(run.candidate) == _loaded(candidate)]
-        if wanted:
-            policy = load(candidate)
-            try:
-                fresh |= _run(plan, policy, wanted, folder, known, progress)
-            finally:
-                policy.close()
-            result.ran += len(wanted)
-            missing = {key: run for key, run in missing.items() if key not in fresh}
+        if _loaded(candidate) in waiting:
+            now = [(model, waiting.pop(model)) for model in list(waiting)[: plan.models_at_once]]
+            with ExitStack() as stack:
+                loaded = []
+                for model, wanted in now:
+                    policy = load(model)
+                    stack.callback(policy.close)
+                    loaded.append((policy, wanted))
+                fresh |= _run(plan, loaded, folder, known, progress)
         for suite in suites:
             for mode in plan.modes:
                 own = [run for run in runs if run.suite is suite and run.mode is mode]
@@ -204,32 +211,33 @@ def _loaded(candidate: Candidate) -> Candidate:
 
 def _run(
     plan: Plan,
-    policy: RoutedPolicy,
-    runs: Sequence[Run],
+    models: Sequence[tuple[RoutedPolicy, Sequence[Run]]],
     folder: EvalFolder,
     known: dict[str, Record],
     progress: Progress,
 ) -> dict[str, Episode]:
-    """Episodes of `runs`, by key, for all of which `policy` answers. Candidates, tasks, suites and samples that draw
-    in the same way are run together.
+    """Episodes by key. Models, their baselines, tasks, suites and samples that draw in the same way are run together.
 
     Args:
+        models: policies, and the runs that each of them answers for.
         known: lines by key; those of the new episodes are added.
     """
     agents: dict[Baseline | None, Agent] = {
         kind: plan.agent if kind is None else BaselineAgent(plan.agent, kind)
-        for kind in dict.fromkeys(run.candidate.baseline for run in runs)
+        for kind in dict.fromkeys(run.candidate.baseline for _, runs in models for run in runs)
     }
     done: dict[str, Episode] = {}
     for mode in plan.modes:
-        wanted = [run for run in runs if run.mode is mode]
+        wanted = [(policy, run) for policy, runs in models for run in runs if run.mode is mode]
         if not wanted:
             continue
         bars = {
             name: progress.add_task(f"{name} ({mode.name})", total=total)
-            for name, total in Counter(run.candidate.name for run in wanted).items()
+            for name, total in Counter(run.candidate.name for _, run in wanted).items()
         }
-        with policy.drawing(mode.sampling, plan.seed):
+        with ExitStack() as stack:
+            for policy, _ in models:
+                stack.enter_context(policy.drawing(mode.sampling, plan.seed))
             for module in [module for agent in agents.values() for module in getattr(agent, "modules", ())]:
                 if hasattr(module, "seed"):  # draws of its own (a reranker); training seeds it anew at every rollout
                     module.seed(plan.seed)
@@ -244,19 +252,22 @@ def _run(
                     progress.advance(bars[run.candidate.name])
 
                 parts = [
-                    (agent, [run for run in block if run.candidate.baseline is kind]) for kind, agent in agents.items()
+                    (policy, agent, [run for own, run in block if own is policy and run.candidate.baseline is kind])
+                    for policy, _ in models
+                    for kind, agent in agents.items()
                 ]
-                blocking(lambda parts=parts, finished=finished: _together(parts, policy, finished))  # type: ignore[misc]
-                policy.confirm()
+                blocking(lambda parts=parts, finished=finished: _together(parts, finished))  # type: ignore[misc]
+                for policy, _ in models:
+                    policy.confirm()
     return done
 
 
 async def _together(
-    parts: Sequence[tuple[Agent, Sequence[Run]]], policy: RoutedPolicy, finished: Callable[[Run, Episode], None]
+    parts: Sequence[tuple[RoutedPolicy, Agent, Sequence[Run]]], finished: Callable[[Run, Episode], None]
 ) -> None:
     """Run all of `parts` at the same time; `finished` is called with each episode."""
 
-    async def part(agent: Agent, runs: Sequence[Run]) -> None:
+    async def part(policy: RoutedPolicy, agent: Agent, runs: Sequence[Run]) -> None:
         names = [episode_name(run.task, run.sample) for run in runs]
         by_name = {(id(run.task), name): run for run, name in zip(runs, names, strict=True)}
 
@@ -266,7 +277,7 @@ async def _together(
         tasks = [run.task for run in runs]
         await episodes_of(agent, tasks, policy, on_done, names=names, tolerated=(MemFactoryError,))
 
-    await together(part(agent, runs) for agent, runs in parts if runs)
+    await together(part(policy, agent, runs) for policy, agent, runs in parts if runs)
 
 
 class _Clock:

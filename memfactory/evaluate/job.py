@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count, repeat
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,11 @@ from memfactory.evaluate.table import csv_table, markdown, ordered
 from memfactory.policy.base import Sampling
 from memfactory.policy.models import load_tokenizer
 from memfactory.policy.routing import RoutedPolicy
+from memfactory.policy.vllm_needs import adapters_at_once
 from memfactory.recipe import EnvironmentSection, PolicySection, load_recipe
 from memfactory.reward.catalogue import WeightedDimension, load_dimension
 from memfactory.reward.system import RewardSystem
+from memfactory.train.learners import Learners
 from memfactory.train.policies import beside
 from memfactory.train.prepare import Prepared, prepare
 from memfactory.train.start import load_policy
@@ -110,11 +113,13 @@ def run_evaluation(asked: Asked, output: Path | None, progress: Progress) -> Don
         notes += _contamination(prepared, candidates, suites)
         plan = _plan(prepared, asked, candidates, suites)
         folder = EvalFolder(output or Path("evals") / prepared.recipe.name)
+        labels = map(str, count()) if plan.models_at_once > 1 else repeat("")
 
         def load(candidate: Candidate) -> RoutedPolicy:
             if section is not None and candidate.fingerprint == _address(section):
                 return _at_endpoint(prepared, section, tokenizer, asked.context)
-            return load_policy(prepared, candidate.checkpoint, learned=not candidate.untrained)
+            shared = _share(prepared, plan.models_at_once)
+            return load_policy(shared, candidate.checkpoint, learned=not candidate.untrained, label=next(labels))
 
         with folder.held():
             found = evaluate(plan, load, folder, progress)
@@ -311,8 +316,28 @@ def _plan(prepared: Prepared, asked: Asked, candidates: Sequence[Candidate], sui
             "engine": recipe.rollout.engine,
             "context": recipe.rollout.vllm.max_model_len if recipe.rollout.served else None,
         },
+        models_at_once=_models_at_once(prepared, candidates),
         max_failed_share=recipe.rollout.max_failed_share,
         fresh=asked.fresh,
+    )
+
+
+def _models_at_once(prepared: Prepared, candidates: Sequence[Candidate]) -> int:
+    """How many models are asked at the same time: one, unless servers hold each as an adapter."""
+    recipe = prepared.recipe
+    beside = recipe.rollout.served and recipe.model.lora is not None and recipe.rollout.vllm.mode == "server"
+    if not beside or Learners(prepared.agent):  # these are there once, with the weights of one checkpoint
+        return 1
+    return min(adapters_at_once(recipe), sum(one.baseline is None for one in candidates))
+
+
+def _share(prepared: Prepared, models: int) -> Prepared:
+    """For one of several models that are asked at the same time: its part of the requests a server may have."""
+    recipe = prepared.recipe
+    vllm = recipe.rollout.vllm
+    own = vllm.model_copy(update={"concurrency": max(1, vllm.concurrency // models)})
+    return replace(
+        prepared, recipe=recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"vllm": own})})
     )
 
 

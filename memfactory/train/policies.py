@@ -31,7 +31,11 @@ def trains(recipe: Recipe, module: str) -> bool:
 
 
 def route(
-    recipe: Recipe, trained: TransformersPolicy, initial: Callable[[], PreTrainedModel], folder: Path = Path()
+    recipe: Recipe,
+    trained: TransformersPolicy,
+    initial: Callable[[], PreTrainedModel],
+    folder: Path = Path(),
+    label: str = "",
 ) -> RoutedPolicy:
     """`trained`, with the models beside it that `recipe` names. Each is loaded once, however many modules it serves.
 
@@ -39,6 +43,7 @@ def route(
         trained: the policy that is trained, in this process; where the recipe says so, servers sample in its place.
         initial: loads the weights from before GRPO; called where they are needed and no adapter can be turned off.
         folder: of the run, where what is sent to servers is written.
+        label: see :func:`memfactory.train.serving.served`.
 
     Raises:
         EngineError: a server does not fit the recipe.
@@ -46,7 +51,7 @@ def route(
     if recipe.rollout.served:
         from memfactory.train.serving import served  # its libraries are an extra
 
-        return _route_served(recipe, served(recipe, trained, folder))
+        return _route_served(recipe, served(recipe, trained, folder, label))
     others: dict[str, Policy] = {}
     following: list[TransformersPolicy] = []
     loaded: dict[tuple[str, float], Policy] = {}

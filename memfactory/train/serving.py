@@ -23,7 +23,7 @@ from memfactory.train.ranks import Ranks
 from memfactory.train.weight_sync import AdapterSync, FullWeightSync
 
 
-def served(recipe: Recipe, trained: TransformersPolicy, folder: Path) -> VLLMPolicy:
+def served(recipe: Recipe, trained: TransformersPolicy, folder: Path, label: str = "") -> VLLMPolicy:
     """The servers of `recipe` in place of `trained`, those that answer checked; waits for the first of them as long as
     `rollout.vllm.outage`. Others are taken in when they answer.
 
@@ -31,6 +31,7 @@ def served(recipe: Recipe, trained: TransformersPolicy, folder: Path) -> VLLMPol
 
     Args:
         folder: of the run.
+        label: tells this policy from others that the same servers hold at the same time; empty: there are none.
 
     Raises:
         EngineError: no server is there, or one does not fit the recipe; says which flag to type.
@@ -44,9 +45,13 @@ def served(recipe: Recipe, trained: TransformersPolicy, folder: Path) -> VLLMPol
     servers = [VLLMServer(url, section, tally) for url in urls]
     # of this run, whichever life of it: what an earlier one left at the servers is ours to clear away
     digest = sha256(str(folder.resolve()).encode()).hexdigest()[:8]
-    family = f"memfactory-{re.sub('[^a-z0-9]+', '-', recipe.name.lower())}-{digest}-"
+    family = f"memfactory-{re.sub('[^a-z0-9]+', '-', recipe.name.lower())}-{digest}-" + (label and f"{label}-")
     pool = ServerPool(
-        servers, family, outage, inspect=lambda server: _inspected(server, recipe, folder, ours=own is not None)
+        servers,
+        family,
+        outage,
+        inspect=lambda server: _inspected(server, recipe, folder, ours=own is not None),
+        beside=bool(label),
     )
     try:
         LOOP.start(pool.start()).result()
@@ -58,7 +63,7 @@ def served(recipe: Recipe, trained: TransformersPolicy, folder: Path) -> VLLMPol
     kind = FullWeightSync if recipe.model.lora is None else AdapterSync
     sync = kind(
         pool,
-        Path(section.adapters) / family.rstrip("-") if section.adapters else folder / "adapters",
+        Path(section.adapters) / family.rstrip("-") if section.adapters else folder / "adapters" / label,
         trained.tokenizer,
         section.canary_tolerance,
         trained.autocast,

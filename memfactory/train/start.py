@@ -105,13 +105,14 @@ def _adapter_base(prepared: Prepared, checkpoint: Path, tokenizer: PreTrainedTok
     return load_model(prepared.recipe.model, tokenizer, prepared.recipe.seed)
 
 
-def load_policy(prepared: Prepared, checkpoint: Path | None, *, learned: bool = True) -> RoutedPolicy:
+def load_policy(prepared: Prepared, checkpoint: Path | None, *, learned: bool = True, label: str = "") -> RoutedPolicy:
     """A policy for evaluation: the model saved at `checkpoint`, or the recipe's own starting point.
 
     Models of `policies:` stand beside it, and what learns in the agent beside the policy is as it was saved.
 
     Args:
         learned: whether that is wanted; a model from before training has none saved with it.
+        label: where servers sample from others at the same time, tells this one from them.
 
     Raises:
         EngineError: there is no checkpoint at that path.
@@ -153,6 +154,6 @@ def load_policy(prepared: Prepared, checkpoint: Path | None, *, learned: bool = 
             )
         return load_model(recipe.model, tokenizer, recipe.seed)
 
-    routed = route(recipe, policy, initial, prepared.recipe.run_dir)
+    routed = route(recipe, policy, initial, prepared.recipe.run_dir, label)
     routed.use(model)  # servers have none yet, or those of a run
     return routed
