@@ -122,8 +122,8 @@ def two_checkpoints(prepared: Prepared, folder: Path) -> None:
     """Print the seconds of two adapters, at the same time and one after the other."""
     options = prepared.eval_options
     suite = Measured("own", prepared.eval_tasks[:FEW], options.rewards, options.metric)
-    base = load_policy(prepared, None)  # an adapter that changes nothing is as much work as any
-    base.close()
+    load_policy(prepared, None).close()  # what is slow only once
+    # adapters that change nothing are as much work as any
     candidates = [Candidate(name, None, name, untrained=True) for name in ("one", "other")]
     told = {candidate.fingerprint: str(place) for place, candidate in enumerate(candidates)}
     seconds = []

@@ -25,7 +25,7 @@ from memfactory.evaluate.fingerprints import agent_fingerprint, beside_fingerpri
 from memfactory.evaluate.folder import EvalFolder
 from memfactory.evaluate.preflight import check_context, positions
 from memfactory.evaluate.rows import Measured, Mode, Row
-from memfactory.evaluate.suites import OWN, Loaded, load_suite
+from memfactory.evaluate.suites import OWN, Loaded, labels, load_suite
 from memfactory.evaluate.table import csv_table, markdown, ordered
 from memfactory.policy.base import Sampling
 from memfactory.policy.models import load_tokenizer
@@ -218,24 +218,26 @@ def _suites(prepared: Prepared, asked: Asked) -> list[Measured]:
         raise RecipeError("--judge", "the recipe names no judge", fix)
     errors: list[MemFactoryError] = []
     found: list[Measured] = []
+    loaded: dict[int, Loaded] = {}  # by place in `found`
     for name in list(dict.fromkeys(asked.suites)) or [OWN]:
         try:
             if name == OWN:
                 options = prepared.eval_options
                 tasks = prepared.eval_tasks[: asked.tasks]
-                found.append(_measured(Measured(OWN, tasks, options.rewards, options.metric), asked.judge))
+                found.append(Measured(OWN, tasks, options.rewards, options.metric))
             else:
-                loaded = load_suite(name, asked.tasks)
-                rewards = _rewards(prepared, loaded)
-                measured = Measured(loaded.name, loaded.tasks, rewards, loaded.metric, loaded.suite.differs)
-                found.append(_measured(measured, asked.judge))
+                suite = loaded[len(found)] = load_suite(name, asked.tasks)
+                rewards = _rewards(prepared, suite)
+                found.append(Measured(suite.name, suite.tasks, rewards, suite.metric, suite.suite.differs))
         except MemFactoryError as error:
             errors.append(error)
     if len(errors) == 1:
         raise errors[0]
     if errors:
         raise RecipeErrors("--suite", errors)
-    return found
+    for place, label in zip(loaded, labels(list(loaded.values())), strict=True):
+        found[place] = replace(found[place], name=label)
+    return [_measured(suite, asked.judge) for suite in found]
 
 
 def _rewards(prepared: Prepared, loaded: Loaded) -> RewardSystem:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,8 @@ class Loaded:
     """As asked for, with its size: ``ruler-niah-single@32k``."""
     suite: Suite
     tasks: Sequence[Task]
+    file: str = ""
+    """As it was given, where one was."""
 
     @property
     def metric(self) -> str:
@@ -146,4 +149,18 @@ def load_suite(asked: str, count: int | None = None) -> Loaded:
         raise DataError(f"suite {name}: {error.what}", error.why, fix) from error
     if not tasks:
         raise DataError(f"suite {name}", "it has no tasks", "check its file")
-    return Loaded(label, suite, tasks)
+    return Loaded(label, suite, tasks, file)
+
+
+def labels(loaded: Sequence[Loaded]) -> list[str]:
+    """Names that tell suites apart: as asked for, and with their files where one suite is asked for with several."""
+    alike = Counter(one.name for one in loaded)
+    files = Counter((one.name, Path(one.file).name) for one in loaded)
+
+    def label(one: Loaded) -> str:
+        if alike[one.name] == 1 or not one.file:
+            return one.name
+        file = Path(one.file).name
+        return f"{one.name} ({one.file if files[one.name, file] > 1 else file})"
+
+    return [label(one) for one in loaded]

@@ -13,7 +13,7 @@ import pytest
 from memfactory.environments.base import Split
 from memfactory.environments.hotpotqa import HotpotQADocuments
 from memfactory.errors import DataError, MemFactoryError, RecipeError, RecipeErrors
-from memfactory.evaluate.suites import load_suite, suites
+from memfactory.evaluate.suites import labels, load_suite, suites
 from memfactory.reward.catalogue import load_dimension
 
 
@@ -42,6 +42,23 @@ def test_every_shipped_suite_names_what_exists() -> None:
         for metric in suite.metrics:
             assert load_dimension(metric), name
         assert suite.differs, f"{name} does not say how it differs from what is published"
+
+
+def test_one_suite_with_several_files_has_several_names(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("a/dev.json", "b/dev.json", "b/test.json")]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps([hotpot_row(number) for number in range(4)]))
+    asked = [*(f"ruler-hqa@4={file}" for file in files), f"ruler-hqa@5={files[0]}", "dialogues"]
+    loaded = [load_suite(one) for one in asked]
+    assert labels(loaded) == [
+        f"ruler-hqa@4 ({files[0]})",
+        f"ruler-hqa@4 ({files[1]})",
+        "ruler-hqa@4 (test.json)",
+        "ruler-hqa@5",
+        "dialogues",
+    ]
+    assert labels(loaded[3:]) == ["ruler-hqa@5", "dialogues"]
 
 
 def test_a_size_and_a_number_of_tasks() -> None:
