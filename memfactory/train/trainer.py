@@ -33,6 +33,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -62,10 +63,11 @@ from memfactory.train.distribution import Asked, CheckWrapped, check_options, ch
 from memfactory.train.health import Health
 from memfactory.train.learners import Learners
 from memfactory.train.ledger import Ledger, Played, play
+from memfactory.train.micro_batches import MicroBatch, Positions, assemble
 from memfactory.train.passes import Pass, plan_passes
 from memfactory.train.ranks import Ranks
 from memfactory.train.rollout_log import log_rollout, over_ranks, rollout_metrics
-from memfactory.train.rows import Row, build_rows, collate, loss_weights
+from memfactory.train.rows import Row, build_rows, loss_weights
 from memfactory.train.scoring import CompletionScorer
 from memfactory.train.sealed import NUMPY, load_state, reading, sealed, state_file
 from memfactory.train.sharding import placed, unsharded, whole_state_dict
@@ -76,8 +78,6 @@ _BUFFER_FILE = "rollout_buffer.pt"
 # ``dapo`` reduction with other token weights (see `rows.loss_weights`).
 _AS_DAPO = ("grpo", "bnpo", "dr_grpo", "luspo")
 SUPPORTED_LOSS_TYPES = ("dapo", "cispo", "vespo", *_AS_DAPO)
-
-MicroBatch = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -170,7 +170,7 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         """The stem of the micro-batch that is computed, and whether a rank has some of it to compute first."""
         self._seconds = {"generate": 0.0, "reward": 0.0, "forward": 0.0, "backward": 0.0, "optimizer": 0.0}
         self._window_start: float | None = None
-        self._computed_tokens = [0, 0]  # real, computed
+        self._positions = Positions()
         self.totals = {"episodes": 0, "generated_tokens": 0, "trained_tokens": 0, "real": 0, "computed": 0}
         self.total_seconds = dict.fromkeys((*self._seconds, "other"), 0.0)
         self.ledger = Ledger(
@@ -460,39 +460,13 @@ class EpisodeGRPOTrainer(GRPOTrainer):
         reused = accumulation % (steps * self.num_iterations) != 0
         # Another engine computes log-probs a little differently: the ratio against what it sampled by corrects that.
         reused |= self.policy.elsewhere
-        buffer: list[list[MicroBatch]] = []
-        sizes: list[list[list[tuple[int, int]]]] = self.ranks.gather(
-            [[[(len(part.rows), part.grown) for part in step] for step in plan]]
-        )
-        for place, step in enumerate(plan):
-            count = max(len(own[place]) for own in sizes)  # every rank does as many passes as the busiest
-            if self.ranks.count > 1:
-                count = max(count, 1)  # gradients are exchanged on the last pass of an optimizer step, so there is one
-            micro_batches = []
-            for number in range(count):
-                part = step[number] if number < len(step) else Pass()
-                everywhere = [own[place][number] for own in sizes if number < len(own[place])]
-                size = max((rows for rows, _ in everywhere), default=1)
-                values = [weights[id(row)] for row in part.rows]
-                # rows that fill up are not to begin like the stem, of which no hidden state is computed here
-                padding = next(id for id in (self._tokenizer.pad_token_id, 0, 1) if id not in part.stem[:1])
-                micro = collate(part.rows, values, padding, size)
-                ids = [row.prompt_ids + row.completion_ids for row in part.rows]
-                self._computed_tokens[0] += sum(map(len, ids))
-                self._computed_tokens[1] += part.grown + self._scorer.positions(
-                    [*ids, *[[padding, padding]] * (size - len(ids))],
-                    part.stem,
-                    joined=number > 0 and number <= len(step) and bool(step[number - 1].stem),
-                )
-                micro["stem_ids"] = torch.tensor(part.stem, dtype=torch.long)
-                micro["stem_pass"] = torch.tensor(any(grown for _, grown in everywhere))
-                micro = {key: value.to(self.args.device) for key, value in micro.items()}
-                if reused:
-                    micro["old_per_token_logps"] = micro["sampling_per_token_logps"]
-                # where no turn of the policy is trained at all (only learners are), the sum is empty, not 0 / 0
-                micro["num_items_in_batch"] = torch.tensor(max(total, 1.0) * scale, device=self.args.device)
-                micro_batches.append(micro)
-            buffer.append(micro_batches)
+        buffer = assemble(plan, weights, self._scorer, self._tokenizer.pad_token_id, self.ranks, self._positions)
+        for micro in chain.from_iterable(buffer):
+            micro |= {key: value.to(self.args.device) for key, value in micro.items()}
+            if reused:
+                micro["old_per_token_logps"] = micro["sampling_per_token_logps"]
+            # where no turn of the policy is trained at all (only learners are), the sum is empty, not 0 / 0
+            micro["num_items_in_batch"] = torch.tensor(max(total, 1.0) * scale, device=self.args.device)
         self.totals["trained_tokens"] += int(self.ranks.sum(sum(row.trained_tokens for row in rows)))
         self._metrics["train"]["rows/count"].append(self.ranks.sum(len(all_rows)))
         self._metrics["train"]["rows/trained"].append(self.ranks.sum(len(rows)))
@@ -512,12 +486,12 @@ class EpisodeGRPOTrainer(GRPOTrainer):
             log_rollout(self.parts.run, self.ranks, step, episodes, assessment, self.parts.rollout.log_episodes)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.model.training and "loss" in logs and self._computed_tokens[1]:
-            real, computed = self._computed_tokens
+        if self.model.training and "loss" in logs and self._positions.computed:
+            real, computed = self._positions.real, self._positions.computed
             logs["tokens/real_over_computed"] = real / computed
             self.totals["real"] += real
             self.totals["computed"] += computed
-            self._computed_tokens = [0, 0]
+            self._positions = Positions()
         super().log(logs, start_time)
 
     # ---- evaluation --------------------------------------------------------------------------

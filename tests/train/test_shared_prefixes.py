@@ -11,6 +11,7 @@ from peft import LoraConfig
 
 from memfactory.episode import Episode, StopReason, Task, Turn
 from memfactory.policy import prefix_sharing
+from memfactory.train.micro_batches import Positions
 from memfactory.train.trainer import EpisodeGRPOTrainer
 from tests.train.test_invariance import LOSSES, OFF_POLICY, Engine
 
@@ -84,9 +85,9 @@ def test_fewer_positions_are_computed_and_the_log_says_so(engines):
     episodes = make_episodes(1)
     counted = []
     for engine in (shared, separate):
-        engine.trainer._computed_tokens = [0, 0]
+        engine.trainer._positions = Positions()
         engine(episodes)
-        counted.append(engine.trainer._computed_tokens)
+        counted.append((engine.trainer._positions.real, engine.trainer._positions.computed))
     (real, unique), (same, padded) = counted
     assert real == same
     rows = [turn.prompt_ids + turn.completion_ids for episode in episodes for turn in episode.turns]
