@@ -85,7 +85,7 @@ class Served:
             try:
                 yield (fit := self._fits(server))
                 if fit.level is not Level.WRONG:
-                    yield self._sync(server) if self.recipe.model.lora is not None else self._reload(server)
+                    yield self._sync(server)
                     yield self._agreement(server)
             finally:
                 LOOP.start(server.aclose()).result()
@@ -128,13 +128,26 @@ class Served:
             return Check(name, found, "", Level.NOTE, fix)
         return Check(name, found, "its flags fit")
 
-    # ---- the way of an adapter ---------------------------------------------------------------
+    # ---- the way of the weights --------------------------------------------------------------
 
     def _sync(self, server: VLLMServer) -> Check:
-        """Send an adapter of zeros, and see that the server reads it and says with it what it says without."""
-        name = "  weight sync"
-        section = self.recipe.rollout.vllm
+        """Whether what is sent reaches the server."""
+        name, section = "  weight sync", self.recipe.rollout.vllm
         parent = Path(section.adapters) if section.adapters else self.recipe.run_dir / "adapters"
+        send = self._adapter if self.recipe.model.lora is not None else self._reload
+        try:
+            return send(server, name, parent)
+        except MemFactoryError as error:
+            return of_error(name, error)
+        except RequestFailed as failed:
+            return Check(name, failed.why, "", Level.WRONG, failed.fix)
+        except OSError as error:
+            fix = "rollout.vllm.adapters=... a folder that trainer and servers share"
+            return Check(name, f"{parent}: {error.strerror or error}", "", Level.WRONG, fix)
+
+    def _adapter(self, server: VLLMServer, name: str, parent: Path) -> Check:
+        """Send an adapter of zeros, and see that the server reads it and says with it what it says without."""
+        tolerance = self.recipe.rollout.vllm.canary_tolerance
         adapter = f"memfactory-doctor-{secrets.token_hex(4)}"
         began = time.perf_counter()
         try:
@@ -142,58 +155,41 @@ class Served:
         except Exception as error:  # whatever transformers says where it lacks the model's configuration
             why = f"not tried: the configuration of {self.base} is not at hand ({type(error).__name__})"
             return Check(name, why, "", Level.NOTE, "run doctor where the trainer will run")
-        try:
-            with passing_folder(parent) as folder:
-                config.save_pretrained(str(folder))
-                save_file(state, folder / SAFETENSORS_WEIGHTS_NAME)
-                with_it, without = LOOP.start(_with_adapter(server, adapter, folder, self.ids)).result()
-        except MemFactoryError as error:
-            return of_error(name, error)
-        except RequestFailed as failed:
-            return Check(name, failed.why, "", Level.WRONG, failed.fix)
-        except OSError as error:
-            fix = "rollout.vllm.adapters=... a folder that trainer and servers share"
-            return Check(name, f"{parent}: {error.strerror or error}", "", Level.WRONG, fix)
+        with passing_folder(parent) as folder:
+            config.save_pretrained(str(folder))
+            save_file(state, folder / SAFETENSORS_WEIGHTS_NAME)
+            with_it, without = LOOP.start(_with_adapter(server, adapter, folder, self.ids)).result()
         seconds = time.perf_counter() - began
         apart = fmean(abs(a - b) for a, b in zip(with_it, without, strict=True))
         found = f"an adapter of zeros written, loaded, scored, unloaded in {seconds:.1f} s: {apart:.1g} nats from base"
-        if not apart <= section.canary_tolerance:
+        if not apart <= tolerance:
             fix = "an adapter that changes nothing changes its log-probs: look at the server's log and version"
-            return Check(name, found, f"at most {section.canary_tolerance:g}", Level.WRONG, fix)
-        return Check(name, found, f"at most {section.canary_tolerance:g}")
+            return Check(name, found, f"at most {tolerance:g}", Level.WRONG, fix)
+        return Check(name, found, f"at most {tolerance:g}")
 
-    def _reload(self, server: VLLMServer) -> Check:
+    def _reload(self, server: VLLMServer, name: str, parent: Path) -> Check:
         """Have the server load the weights it was started with once more, from the folder where it will get others.
 
         They lie there as links. A server that a run has sent weights already is left alone.
         """
-        name, section = "  weight sync", self.recipe.rollout.vllm
-        parent = Path(section.adapters) if section.adapters else self.recipe.run_dir / "adapters"
         base, began = Path(self.base), time.perf_counter()
-        try:
-            held = LOOP.start(server.weight_version()).result()
-            if held != STARTED_WITH:
-                return Check(name, f"not tried: it holds the weights '{held}' of a run", "", Level.NOTE)
-            if not base.is_dir():
-                fix = "run doctor where the trainer will run"
-                return Check(name, f"not tried: {base} is not here", "", Level.NOTE, fix)
-            with passing_folder(parent) as folder:
-                for file in base.iterdir():
-                    (folder / file.name).symlink_to(file.resolve())
-                try:
-                    LOOP.start(server.reload(STARTED_WITH, str(folder.resolve()))).result()
-                except (MemFactoryError, RequestFailed):
-                    # vLLM takes the old weights apart before it looks for others, and ends when it is asked then
-                    with contextlib.suppress(MemFactoryError, RequestFailed):
-                        LOOP.start(server.reload(STARTED_WITH, str(base.resolve()))).result()
-                    raise
-        except MemFactoryError as error:
-            return of_error(name, error)
-        except RequestFailed as failed:
-            return Check(name, failed.why, "", Level.WRONG, failed.fix)
-        except OSError as error:
-            fix = "rollout.vllm.adapters=... a folder that trainer and servers share"
-            return Check(name, f"{parent}: {error.strerror or error}", "", Level.WRONG, fix)
+        held = LOOP.start(server.weight_version()).result()
+        if held != STARTED_WITH:
+            return Check(name, f"not tried: it holds the weights '{held}' of a run", "", Level.NOTE)
+        if not base.is_dir():
+            return Check(
+                name, f"not tried: {base} is not here", "", Level.NOTE, "run doctor where the trainer will run"
+            )
+        with passing_folder(parent) as folder:
+            for file in base.iterdir():
+                (folder / file.name).symlink_to(file.resolve())
+            try:
+                LOOP.start(server.reload(STARTED_WITH, str(folder.resolve()))).result()
+            except (MemFactoryError, RequestFailed):
+                # vLLM takes the old weights apart before it looks for others, and ends when it is asked then
+                with contextlib.suppress(MemFactoryError, RequestFailed):
+                    LOOP.start(server.reload(STARTED_WITH, str(base.resolve()))).result()
+                raise
         seconds = time.perf_counter() - began
         return Check(name, f"the weights it was started with loaded again, by way of {parent}, in {seconds:.1f} s", "")
 
