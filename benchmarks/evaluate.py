@@ -113,7 +113,7 @@ def measured(prepared: Prepared, policy: Watched, folder: Path, count: int = TAS
     )
     start = time.perf_counter()
     with EvalFolder(folder).held(), progress_bar(Console(quiet=True)) as progress:
-        done = evaluate(plan, lambda _: policy, EvalFolder(folder), progress)
+        done = evaluate(plan, lambda *_, **__: policy, EvalFolder(folder), progress)
     assert done.ran == count * SAMPLES
     return time.perf_counter() - start
 
@@ -125,7 +125,6 @@ def two_checkpoints(prepared: Prepared, folder: Path) -> None:
     load_policy(prepared, None).close()  # what is slow only once
     # adapters that change nothing are as much work as any
     candidates = [Candidate(name, None, name, untrained=True) for name in ("one", "other")]
-    told = {candidate.fingerprint: str(place) for place, candidate in enumerate(candidates)}
     seconds = []
     for number, models in enumerate((1, 2, 1)):
         plan = Plan(
@@ -135,11 +134,11 @@ def two_checkpoints(prepared: Prepared, folder: Path) -> None:
             modes=[Mode("greedy", Sampling(0.0))],
             seed=number,
             asked="benchmark",
-            models_at_once=models,
+            room=lambda models=models: models,  # type: ignore[misc]
         )
 
-        def load(candidate: Candidate, models: int = models) -> RoutedPolicy:
-            return load_policy(prepared, None, label=told[candidate.fingerprint] if models > 1 else "")
+        def load(candidate: Candidate, *, place: int, among: int) -> RoutedPolicy:
+            return load_policy(prepared, None, label=f"eval-{place}")
 
         where = EvalFolder(folder / f"evals-{number}")
         start = time.perf_counter()

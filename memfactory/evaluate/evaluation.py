@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import astuple, dataclass, field, replace
+from itertools import zip_longest
 from typing import Any, Protocol
 
 from rich.progress import Progress
@@ -44,8 +45,8 @@ class Plan:
     """What else decides what an episode is: the agent, who answers for its modules, the engine. JSON can hold it."""
     concurrent: int = 2048
     """Episodes in flight at once; bounds host memory, not results."""
-    models_at_once: int = 1
-    """Models whose episodes are in flight at once, where each is held by servers beside the others."""
+    room: Callable[[], int] = lambda: 1
+    """How many models may be asked at the same time from now on. Called before some are loaded."""
     max_failed_share: float = 0.25
     """Share of the episodes of one candidate on one suite that may fail; with more, its row tells no mean."""
     fresh: bool = False
@@ -82,9 +83,12 @@ class Evaluation:
 
 
 class Load(Protocol):
-    """Loads a candidate's model when there is something to run with it."""
+    """Loads a candidate's model when there is something to run with it.
 
-    def __call__(self, candidate: Candidate) -> RoutedPolicy: ...
+    It is the one at `place` among so many that are asked at the same time.
+    """
+
+    def __call__(self, candidate: Candidate, *, place: int, among: int) -> RoutedPolicy: ...
 
 
 def evaluate(plan: Plan, load: Load, folder: EvalFolder, progress: Progress) -> Evaluation:
@@ -113,13 +117,13 @@ def evaluate(plan: Plan, load: Load, folder: EvalFolder, progress: Progress) -> 
     fresh: dict[str, Episode] = {}
     for candidate, suites, runs in asked:
         if _loaded(candidate) in waiting:
-            now = [(model, waiting.pop(model)) for model in list(waiting)[: plan.models_at_once]]
+            now = list(waiting)[: plan.room() if len(waiting) > 1 else 1]
             with ExitStack() as stack:
                 loaded = []
-                for model, wanted in now:
-                    policy = load(model)
+                for place, model in enumerate(now):
+                    policy = load(model, place=place, among=len(now))
                     stack.callback(policy.close)
-                    loaded.append((policy, wanted))
+                    loaded.append((policy, waiting.pop(model)))
                 fresh |= _run(plan, loaded, folder, known, progress)
         for suite in suites:
             for mode in plan.modes:
@@ -228,7 +232,8 @@ def _run(
     }
     done: dict[str, Episode] = {}
     for mode in plan.modes:
-        wanted = [(policy, run) for policy, runs in models for run in runs if run.mode is mode]
+        own = [[(policy, run) for run in runs if run.mode is mode] for policy, runs in models]
+        wanted = [one for turn in zip_longest(*own) for one in turn if one]  # so that a block is of all models
         if not wanted:
             continue
         bars = {
@@ -252,7 +257,7 @@ def _run(
                     progress.advance(bars[run.candidate.name])
 
                 parts = [
-                    (policy, agent, [run for own, run in block if own is policy and run.candidate.baseline is kind])
+                    (policy, agent, [run for one, run in block if one is policy and run.candidate.baseline is kind])
                     for policy, _ in models
                     for kind, agent in agents.items()
                 ]

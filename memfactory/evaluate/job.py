@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
-from itertools import count, repeat
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ from memfactory.evaluate.table import csv_table, markdown, ordered
 from memfactory.policy.base import Sampling
 from memfactory.policy.models import load_tokenizer
 from memfactory.policy.routing import RoutedPolicy
-from memfactory.policy.vllm_needs import adapters_at_once
 from memfactory.recipe import EnvironmentSection, PolicySection, load_recipe
 from memfactory.reward.catalogue import WeightedDimension, load_dimension
 from memfactory.reward.system import RewardSystem
@@ -113,13 +111,14 @@ def run_evaluation(asked: Asked, output: Path | None, progress: Progress) -> Don
         notes += _contamination(prepared, candidates, suites)
         plan = _plan(prepared, asked, candidates, suites)
         folder = EvalFolder(output or Path("evals") / prepared.recipe.name)
-        labels = map(str, count()) if plan.models_at_once > 1 else repeat("")
 
-        def load(candidate: Candidate) -> RoutedPolicy:
+        def load(candidate: Candidate, *, place: int, among: int) -> RoutedPolicy:
             if section is not None and candidate.fingerprint == _address(section):
                 return _at_endpoint(prepared, section, tokenizer, asked.context)
-            shared = _share(prepared, plan.models_at_once)
-            return load_policy(shared, candidate.checkpoint, learned=not candidate.untrained, label=next(labels))
+            # a run that is trained at the same servers has names of its own
+            label = f"eval-{place}" if _held(prepared) else ""
+            shared = _share(prepared, among)
+            return load_policy(shared, candidate.checkpoint, learned=not candidate.untrained, label=label)
 
         with folder.held():
             found = evaluate(plan, load, folder, progress)
@@ -318,19 +317,28 @@ def _plan(prepared: Prepared, asked: Asked, candidates: Sequence[Candidate], sui
             "engine": recipe.rollout.engine,
             "context": recipe.rollout.vllm.max_model_len if recipe.rollout.served else None,
         },
-        models_at_once=_models_at_once(prepared, candidates),
+        room=lambda: _room(prepared),
         max_failed_share=recipe.rollout.max_failed_share,
         fresh=asked.fresh,
     )
 
 
-def _models_at_once(prepared: Prepared, candidates: Sequence[Candidate]) -> int:
-    """How many models are asked at the same time: one, unless servers hold each as an adapter."""
+def _held(prepared: Prepared) -> bool:
+    """Whether servers hold candidates as adapters, several beside each other if they have the places."""
     recipe = prepared.recipe
-    beside = recipe.rollout.served and recipe.model.lora is not None and recipe.rollout.vllm.mode == "server"
-    if not beside or Learners(prepared.agent):  # these are there once, with the weights of one checkpoint
+    return recipe.rollout.served and recipe.model.lora is not None and recipe.rollout.vllm.mode == "server"
+
+
+def _room(prepared: Prepared) -> int:
+    """How many models may be asked at the same time."""
+    recipe = prepared.recipe
+    # there once in this process: what learns, with the weights of one checkpoint, and models beside the trained one
+    alone = bool(Learners(prepared.agent)) or any(own.policy in recipe.policies for own in recipe.modules.values())
+    if alone or not _held(prepared):
         return 1
-    return min(adapters_at_once(recipe), sum(one.baseline is None for one in candidates))
+    from memfactory.train.serving import places_left  # its libraries are an extra
+
+    return max(1, places_left(recipe))
 
 
 def _share(prepared: Prepared, models: int) -> Prepared:

@@ -45,8 +45,8 @@ class VLLMPolicy:
     """Sample from the base model, the weights as they were before training."""
     push: Callable[[Any, int | None], None] | None = None
     """Sends a model's weights to the servers; None where another policy of the same pool does."""
-    stop: Callable[[], None] | None = None
-    """Ends a server that is this process's own."""
+    ends: list[Callable[[], object]] = field(default_factory=list)
+    """What there is to do when it is closed: end a server of this process's own, remove a folder."""
     version: int | None = None
     """Optimizer steps behind the weights that are served; None before any were sent."""
     elsewhere: bool = True
@@ -115,7 +115,7 @@ class VLLMPolicy:
 
     def apart(self) -> VLLMPolicy:
         """The same weights at the same servers for another batch at the same time, with draws of its own."""
-        return replace(self, push=None, stop=None, _asked=Counter())
+        return replace(self, push=None, ends=[], _asked=Counter())
 
     def confirm(self) -> None:
         """See :meth:`memfactory.policy.base.TrainedPolicy.confirm`."""
@@ -134,8 +134,8 @@ class VLLMPolicy:
             if self.push is not None:
                 LOOP.start(self._left()).result()
         finally:
-            if self.stop is not None:
-                self.stop()
+            for end in self.ends:
+                end()
 
     async def _left(self) -> None:
         """What it takes to close never spoils a run that has ended: what a server keeps, the next one clears away."""

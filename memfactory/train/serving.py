@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+import shutil
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,8 @@ def served(recipe: Recipe, trained: TransformersPolicy, folder: Path, label: str
 
     Args:
         folder: of the run.
-        label: tells this policy from others that the same servers hold at the same time; empty: there are none.
+        label: tells this policy from others of the recipe that the same servers hold at the same time: those of other
+            checkpoints, and that of a run which is trained. Empty: it is that of the run.
 
     Raises:
         EngineError: no server is there, or one does not fit the recipe; says which flag to type.
@@ -44,8 +47,8 @@ def served(recipe: Recipe, trained: TransformersPolicy, folder: Path, label: str
         urls, outage = [own.url], 0.0  # nobody starts it again
     servers = [VLLMServer(url, section, tally) for url in urls]
     # of this run, whichever life of it: what an earlier one left at the servers is ours to clear away
-    digest = sha256(str(folder.resolve()).encode()).hexdigest()[:8]
-    family = f"memfactory-{re.sub('[^a-z0-9]+', '-', recipe.name.lower())}-{digest}-" + (label and f"{label}-")
+    digest = sha256(f"{folder.resolve()}{label}".encode()).hexdigest()[:8]
+    family = f"memfactory-{re.sub('[^a-z0-9]+', '-', recipe.name.lower())}-{digest}-"
     pool = ServerPool(
         servers,
         family,
@@ -63,7 +66,9 @@ def served(recipe: Recipe, trained: TransformersPolicy, folder: Path, label: str
     kind = FullWeightSync if recipe.model.lora is None else AdapterSync
     sync = kind(
         pool,
-        Path(section.adapters) / family.rstrip("-") if section.adapters else folder / "adapters" / label,
+        Path(section.adapters) / family.rstrip("-")
+        if section.adapters
+        else folder / (f"adapters-{label}" if label else "adapters"),
         trained.tokenizer,
         section.canary_tolerance,
         trained.autocast,
@@ -73,8 +78,36 @@ def served(recipe: Recipe, trained: TransformersPolicy, folder: Path, label: str
     policy = VLLMPolicy(
         pool, trained.tokenizer, trained.sampling, trained.eos_ids, trained.template_options, push=sync
     )
-    policy.stop = own.stop if own is not None else None
+    if own is not None:
+        policy.ends.append(own.stop)
+    if label:  # nobody goes on from there
+        policy.ends.append(lambda: shutil.rmtree(sync.folder, ignore_errors=True))
     return policy
+
+
+def places_left(recipe: Recipe) -> int:
+    """How many more adapters can be asked at the same time of each server that answers; 0 where one does not say.
+
+    With more of them than places, vLLM lets turns of one wait as long as turns of the others keep coming.
+    """
+
+    async def left(url: str) -> int | None:
+        server = VLLMServer(url, recipe.rollout.vllm)
+        try:
+            if await server.unwell():
+                return None
+            info, models = await server.info(), await server.models()
+        except RequestFailed:
+            return None
+        finally:
+            await server.aclose()
+        places = int(_flat(info or {}).get("lora_config.max_loras") or 0)
+        return places - sum(model["id"] != BASE for model in models)
+
+    async def everywhere() -> list[int | None]:
+        return await asyncio.gather(*map(left, recipe.rollout.vllm.base_urls))
+
+    return min((places for places in LOOP.start(everywhere()).result() if places is not None), default=0)
 
 
 def check_answering(recipe: Recipe, folder: Path) -> None:

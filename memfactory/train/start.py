@@ -155,5 +155,9 @@ def load_policy(prepared: Prepared, checkpoint: Path | None, *, learned: bool = 
         return load_model(recipe.model, tokenizer, recipe.seed)
 
     routed = route(recipe, policy, initial, prepared.recipe.run_dir, label)
-    routed.use(model)  # servers have none yet, or those of a run
+    try:
+        routed.use(model)  # servers have none yet, or those of a run
+    except BaseException:
+        routed.close()  # it may be loaded already
+        raise
     return routed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from time import monotonic
@@ -11,13 +12,16 @@ import httpx
 import pytest
 import yaml
 from rich.console import Console
+from vllm_serving import ask, prompts
 
 import memfactory.evaluate.job as job
 from memfactory.errors import EngineError
 from memfactory.evaluate.folder import EvalFolder
 from memfactory.evaluate.job import Asked, run_evaluation
+from memfactory.policy.vllm_pool import ServerPool
 from memfactory.policy.vllm_server import VLLMServer
 from memfactory.train.callbacks import progress_bar
+from memfactory.train.serving import places_left
 
 pytestmark = pytest.mark.slow
 
@@ -57,9 +61,9 @@ def adapters(serving: Any) -> list[str]:
     return [model["id"] for model in found if model["id"] != "base"]
 
 
-def test_two_adapters_are_asked_at_the_same_time_and_write_what_each_writes_alone(
-    serving: Any, recipe: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def beside(monkeypatch: pytest.MonkeyPatch) -> Callable[[], set[frozenset[str]]]:
+    """Tells, since it was last asked, pairs of models that had turns under way at the same time."""
     asked: list[tuple[str, float, float]] = []
     sample = VLLMServer.sample
 
@@ -71,43 +75,67 @@ def test_two_adapters_are_asked_at_the_same_time_and_write_what_each_writes_alon
 
     monkeypatch.setattr(VLLMServer, "sample", noted)
 
-    def beside() -> set[frozenset[str]]:
-        """Pairs of models that a turn was asked of while one of the other was under way."""
-        pairs = {
+    def pairs() -> set[frozenset[str]]:
+        found = {
             frozenset((one[0], other[0]))
             for one, other in combinations(asked, 2)
             if one[0] != other[0] and one[1] < other[2] and other[1] < one[2]
         }
         asked.clear()
-        return pairs
+        return found
 
+    return pairs
+
+
+def test_adapters_are_asked_at_the_same_time_and_write_what_each_writes_alone(
+    serving: Any, recipe: Path, beside: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert places_left(serving.recipe()) == 3, "the server of these tests was started with three"
     together = evaluated(recipe, "together")
-    assert len(beside()) == 1, "base and the first checkpoint; a server has two places"
+    assert len(beside()) == 3, "of base, a and b each with each"
     assert adapters(serving) == []
-    monkeypatch.setattr(job, "_models_at_once", lambda *_: 1)
+    assert not list((recipe.parent / "run").glob("adapters*"))
+    monkeypatch.setattr(job, "_room", lambda *_: 1)
     assert evaluated(recipe, "alone") == together
     assert not beside()
     texts = {
-        name: [record["turns"] for place, record in together.items() if record["candidate"] == name]
+        name: [record["turns"] for record in together.values() if record["candidate"] == name]
         for name in ("base", "a", "b")
     }
     assert all(len(turns) == 6 * 3 for turns in texts.values()), "two sampled, one greedy"
     assert texts["base"] != texts["a"] != texts["b"]
 
 
-def test_a_checkpoint_that_cannot_be_sent_leaves_nothing_of_the_other_behind(
+def test_a_run_at_the_same_server_keeps_its_place(serving: Any, recipe: Path, beside: Any) -> None:
+    run = serving.policy(str(recipe.parent / "run"))
+    run.use(serving.model(5), 1)
+    try:
+        [own] = adapters(serving)
+        assert places_left(serving.recipe()) == 2
+        beside()
+        evaluated(recipe, "beside")
+        assert len(beside()) == 1, "base and a; then b"
+        assert adapters(serving) == [own]
+        assert ask(run, prompts(1))[0].completion_ids
+    finally:
+        run.close()
+
+
+def test_a_checkpoint_that_cannot_be_sent_leaves_nothing_behind(
     serving: Any, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load, loaded = job.load_policy, []
+    publish, held = ServerPool.publish, []
 
-    def second_fails(*asked: Any, **options: Any) -> Any:
-        if loaded:
-            assert len(adapters(serving)) == 1
-            raise EngineError("spoilt")
-        loaded.append(load(*asked, **options))
-        return loaded[-1]
+    async def second_fails(self: ServerPool, *sent: Any) -> float:
+        found = await publish(self, *sent)
+        held.append(self.family)
+        if len(held) == 2:
+            raise EngineError("another one than was sent")
+        return found
 
-    monkeypatch.setattr(job, "load_policy", second_fails)
-    with pytest.raises(EngineError, match="spoilt"):
+    monkeypatch.setattr(ServerPool, "publish", second_fails)
+    with pytest.raises(EngineError, match="another one"):
         evaluated(recipe, "fails")
+    assert len(set(held)) == 2
     assert adapters(serving) == []
+    assert not list((recipe.parent / "run").glob("adapters*"))
