@@ -28,9 +28,10 @@ from memfactory.episode import Probe, Task
 from memfactory.errors import DataError, EngineError, MemFactoryError, RecipeError
 from memfactory.evaluate import fingerprints, job
 from memfactory.evaluate.candidates import Candidate, apart, find_candidates, weights_fingerprint
-from memfactory.evaluate.job import Asked, Done, _plan, run_evaluation
+from memfactory.evaluate.job import Asked, Done, _plan, _room, run_evaluation
 from memfactory.evaluate.preflight import check_context
 from memfactory.modules.prompts import PROMPT_SETS, PromptOrder
+from memfactory.plugins import shipped
 from memfactory.policy import transformers_backend
 from memfactory.policy.rendering import prompt_of
 from memfactory.policy.tiny import tiny_tokenizer
@@ -377,6 +378,32 @@ def test_what_else_decides_an_episode(trained: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("memfactory.policy.quantization.unfit", lambda recipe: [])  # it needs no GPU to be asked for
     keys += [key(lora, "model.quantization={bits: 4}"), key(lora, "model.quantization={bits: 4, type: fp4}")]
     assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "places", "expected"),
+    [
+        ("memagent/quickstart-vllm", (), 5, 5),
+        ("memagent/quickstart-vllm", (), 0, 1),
+        ("memagent/quickstart-vllm", (), -1, 1),
+        ("memagent/quickstart-vllm", ("rollout.vllm.mode=colocate",), 5, 1),
+        ("memagent/quickstart-vllm", ("model.lora=null",), 5, 1),
+        ("memagent/quickstart-vllm", ("rollout.engine=transformers",), 5, 1),
+        # a model beside the trained one, and a module that learns, are there once
+        (
+            "memagent/quickstart-vllm",
+            ("policies={frozen: {model: org/other}}", "modules={answer: {policy: frozen}}"),
+            5,
+            1,
+        ),
+        ("rmm/quickstart", ("rollout.engine=vllm", "model.lora={r: 2}"), 5, 1),
+    ],
+)
+def test_models_are_asked_at_the_same_time_where_servers_have_places(
+    recipe: str, overrides: tuple[str, ...], places: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memfactory.train.serving.places_left", lambda recipe: places)
+    assert _room(prepare(shipped("recipes") / f"{recipe}.yaml", overrides, splits=())) == expected
 
 
 def test_large_weights_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
