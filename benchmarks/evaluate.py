@@ -47,7 +47,7 @@ from memfactory.train.start import load_policy
 
 TASKS, SAMPLES, TARGET = 64, 4, 0.85
 FEW = 8
-"""Tasks with `--checkpoints`, as many as have one sample each: what a server has room for."""
+"""Tasks with `--checkpoints`: few enough that one adapter by itself does not fill the server."""
 MODEL = TinyModel(hidden_size=512, layers=8, heads=8, mlp_size=1536, initializer_range=0.05)
 
 

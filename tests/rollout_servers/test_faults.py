@@ -102,7 +102,8 @@ def test_a_killed_worker_engine_or_api_process_is_replaced_and_the_rollout_goes_
     turns = []
 
     async def everything():
-        asked = (policy.generate(one, module="write", max_tokens=100) for one in prompts(64))
+        # long enough to be seen under way on a busy machine
+        asked = (policy.generate(one, module="write", max_tokens=300) for one in prompts(32))
         return await asyncio.gather(*asked)
 
     rollout = threading.Thread(target=lambda: turns.extend(asyncio.run(everything())))
@@ -124,7 +125,7 @@ def test_a_killed_worker_engine_or_api_process_is_replaced_and_the_rollout_goes_
         running = serve_rollouts(serving, recipe)
         until_serving(running)
     rollout.join(timeout=120)
-    assert len(turns) == 64
+    assert len(turns) == 32
     for turn in turns:
         assert (torch.tensor(turn.logprobs) - fresh_logprobs(model, turn)).abs().max() < 1e-4
     disturbed, turns = turns, []

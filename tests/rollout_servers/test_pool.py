@@ -367,7 +367,7 @@ def test_servers_that_hang_do_not_keep_a_run_from_ending(monkeypatch, caplog):
     ended: list[bool] = []
     with FaultyServer(fault) as one, FaultyServer(fault) as other, pool_of(one, other) as pool:
         publish(pool, "v1")
-        policy = VLLMPolicy(pool, None, Sampling(), (), push=lambda *_: None, stop=lambda: ended.append(True))
+        policy = VLLMPolicy(pool, None, Sampling(), (), push=lambda *_: None, ends=[lambda: ended.append(True)])
         monkeypatch.setattr(vllm_policy, "CLOSING", 0.2)
         stuck.set()
         policy.close()
