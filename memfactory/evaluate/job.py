@@ -109,16 +109,16 @@ def run_evaluation(asked: Asked, output: Path | None, progress: Progress) -> Don
                 f"{whole[0]}: nothing is left out, whatever the endpoint takes; give its limit with --context"
             )
         notes += _contamination(prepared, candidates, suites)
-        plan = _plan(prepared, asked, candidates, suites)
         folder = EvalFolder(output or Path("evals") / prepared.recipe.name)
+        # what servers hold for this evaluation: a run of the recipe, and another evaluation, have names of their own
+        label = f"eval-{hashlib.sha256(str(folder.path.resolve()).encode()).hexdigest()[:8]}-"
+        plan = _plan(prepared, asked, candidates, suites, label)
 
         def load(candidate: Candidate, *, place: int, among: int) -> RoutedPolicy:
             if section is not None and candidate.fingerprint == _address(section):
                 return _at_endpoint(prepared, section, tokenizer, asked.context)
-            # a run that is trained at the same servers has names of its own
-            label = f"eval-{place}" if _held(prepared) else ""
-            shared = _share(prepared, among)
-            return load_policy(shared, candidate.checkpoint, learned=not candidate.untrained, label=label)
+            shared, own = _share(prepared, among), f"{label}{place}" if _held(prepared) else ""
+            return load_policy(shared, candidate.checkpoint, learned=not candidate.untrained, label=own)
 
         with folder.held():
             found = evaluate(plan, load, folder, progress)
@@ -295,7 +295,17 @@ def _training_data(prepared: Prepared, candidates: Sequence[Candidate]) -> list[
     return found
 
 
-def _plan(prepared: Prepared, asked: Asked, candidates: Sequence[Candidate], suites: Sequence[Measured]) -> Plan:
+def _plan(
+    prepared: Prepared,
+    asked: Asked,
+    candidates: Sequence[Candidate],
+    suites: Sequence[Measured],
+    label: str,
+) -> Plan:
+    """
+    Args:
+        label: of what servers hold for this evaluation.
+    """
     recipe = prepared.recipe
     samples = asked.samples or recipe.eval.samples
     modes = [Mode("sampled", Sampling(recipe.eval.temperature, recipe.eval.top_p), samples)]
@@ -317,7 +327,7 @@ def _plan(prepared: Prepared, asked: Asked, candidates: Sequence[Candidate], sui
             "engine": recipe.rollout.engine,
             "context": recipe.rollout.vllm.max_model_len if recipe.rollout.served else None,
         },
-        room=lambda: _room(prepared),
+        room=lambda: _room(prepared, label),
         max_failed_share=recipe.rollout.max_failed_share,
         fresh=asked.fresh,
     )
@@ -329,16 +339,16 @@ def _held(prepared: Prepared) -> bool:
     return recipe.rollout.served and recipe.model.lora is not None and recipe.rollout.vllm.mode == "server"
 
 
-def _room(prepared: Prepared) -> int:
+def _room(prepared: Prepared, label: str) -> int:
     """How many models may be asked at the same time."""
     recipe = prepared.recipe
     # there once in this process: what learns, with the weights of one checkpoint, and models beside the trained one
     alone = bool(Learners(prepared.agent)) or any(own.policy in recipe.policies for own in recipe.modules.values())
     if alone or not _held(prepared):
         return 1
-    from memfactory.train.serving import places_left  # its libraries are an extra
+    from memfactory.train.serving import make_room  # its libraries are an extra
 
-    return max(1, places_left(recipe))
+    return max(1, make_room(recipe, label))
 
 
 def _share(prepared: Prepared, models: int) -> Prepared:

@@ -22,7 +22,7 @@ from memfactory.policy.vllm_process import RolloutServer, colocated
 from memfactory.policy.vllm_server import VLLMServer
 from memfactory.recipe import Recipe
 from memfactory.train.ranks import Ranks
-from memfactory.train.weight_sync import AdapterSync, FullWeightSync
+from memfactory.train.weight_sync import EVERY, AdapterSync, FullWeightSync
 
 
 def served(recipe: Recipe, trained: TransformersPolicy, folder: Path, label: str = "") -> VLLMPolicy:
@@ -33,8 +33,8 @@ def served(recipe: Recipe, trained: TransformersPolicy, folder: Path, label: str
 
     Args:
         folder: of the run.
-        label: tells this policy from others of the recipe that the same servers hold at the same time: those of other
-            checkpoints, and that of a run which is trained. Empty: it is that of the run.
+        label: tells this policy from all others that the same servers hold at the same time: those of other
+            checkpoints, and that of the run. Empty: it is that of the run.
 
     Raises:
         EngineError: no server is there, or one does not fit the recipe; says which flag to type.
@@ -47,8 +47,8 @@ def served(recipe: Recipe, trained: TransformersPolicy, folder: Path, label: str
         urls, outage = [own.url], 0.0  # nobody starts it again
     servers = [VLLMServer(url, section, tally) for url in urls]
     # of this run, whichever life of it: what an earlier one left at the servers is ours to clear away
-    digest = sha256(f"{folder.resolve()}{label}".encode()).hexdigest()[:8]
-    family = f"memfactory-{re.sub('[^a-z0-9]+', '-', recipe.name.lower())}-{digest}-"
+    digest = sha256(str(folder.resolve()).encode()).hexdigest()[:8]
+    family = f"memfactory-{label or re.sub('[^a-z0-9]+', '-', recipe.name.lower()) + '-' + digest}-"
     pool = ServerPool(
         servers,
         family,
@@ -80,15 +80,17 @@ def served(recipe: Recipe, trained: TransformersPolicy, folder: Path, label: str
     )
     if own is not None:
         policy.ends.append(own.stop)
-    if label:  # nobody goes on from there
+    if label:
+        sync.drawn = EVERY  # nothing is scored, because others may have turns under way; and it is asked only once
         policy.ends.append(lambda: shutil.rmtree(sync.folder, ignore_errors=True))
     return policy
 
 
-def places_left(recipe: Recipe) -> int:
-    """How many more adapters can be asked at the same time of each server that answers; 0 where one does not say.
+def make_room(recipe: Recipe, label: str) -> int:
+    """How many adapters of labels that begin with `label` can be asked at the same time of each server that answers; 0
+    where one does not say. Those that are there already, left by a process that was killed, are unloaded.
 
-    With more of them than places, vLLM lets turns of one wait as long as turns of the others keep coming.
+    With more adapters than places, vLLM lets turns of one wait as long as turns of the others keep coming.
     """
 
     async def left(url: str) -> int | None:
@@ -96,13 +98,18 @@ def places_left(recipe: Recipe) -> int:
         try:
             if await server.unwell():
                 return None
-            info, models = await server.info(), await server.models()
+            info, names = await server.info(), [str(model["id"]) for model in await server.models()]
+            for name in [name for name in names if name.startswith(f"memfactory-{label}")]:
+                await server.unload(name)
+                names.remove(name)
         except RequestFailed:
-            return None
+            return 0
         finally:
             await server.aclose()
-        places = int(_flat(info or {}).get("lora_config.max_loras") or 0)
-        return places - sum(model["id"] != BASE for model in models)
+        others = len(names) - 1
+        if others and recipe.rollout.engine == "async":  # a run has more when it is further on
+            others = max(others, adapters_at_once(recipe))
+        return int(_flat(info or {}).get("lora_config.max_loras") or 0) - others
 
     async def everywhere() -> list[int | None]:
         return await asyncio.gather(*map(left, recipe.rollout.vllm.base_urls))

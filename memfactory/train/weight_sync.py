@@ -40,7 +40,9 @@ _TEXT = "Anna moved to Lisbon in May and sold her car. She reads the morning pap
 _LENGTH = 24
 """Fewest tokens of a canary."""
 _DRAWN = 8
-"""Prefixes of the canary after which a token is drawn, where it cannot be scored."""
+"""Most prefixes of the canary after which a token is drawn at each update, where it cannot be scored."""
+EVERY = 1 << 10
+"""More prefixes than a canary has."""
 _CACHED = 144
 """Tokens of a prompt that is cached: more than a block of vLLM's cache, which has 128 on a CPU and 16 on a GPU."""
 
@@ -110,6 +112,8 @@ class WeightSync(ABC):
     """Each rank has servers of its own, and sends to them what the first one has written."""
     options: Callable[[int], dict[str, Any]] = lambda length: {}
     """What the model's forward pass wants beside so many ids, where its attention is not an ordinary one."""
+    drawn: int = _DRAWN
+    """Most prefixes of the canary after which a token is drawn, where it cannot be scored."""
     seconds: float = 0.0
     """Spent in all syncs so far."""
     count: int = 0
@@ -143,7 +147,8 @@ class WeightSync(ABC):
         was_training = model.training
         model.eval()
         ids = canary_ids(self.tokenizer)
-        lengths = sorted({1 + place * (len(ids) - 1) // _DRAWN for place in range(1, _DRAWN + 1)})
+        most = min(self.drawn, len(ids) - 1)
+        lengths = sorted({1 + place * (len(ids) - 1) // most for place in range(1, most + 1)})
         plain, alone = self.temperature == 1.0, not self.pool.beside
         if plain and alone:  # `ids` are scored too, and log-probs of draws at temperature 1 are hardly any others
             lengths = lengths[:1]

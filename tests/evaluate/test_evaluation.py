@@ -360,7 +360,7 @@ def test_an_edited_agent_is_run_again(forked: Server, trained: Path, tmp_path: P
 def test_what_else_decides_an_episode(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def key(*overrides: str) -> str:
         prepared = prepare(trained / "recipe.yaml", ("warmup=null", *overrides))
-        return json.dumps(_plan(prepared, Asked(trained / "recipe.yaml"), [], []).asked, sort_keys=True)
+        return json.dumps(_plan(prepared, Asked(trained / "recipe.yaml"), [], [], "").asked, sort_keys=True)
 
     plain = key()
     assert key("train.max_steps=9") == plain
@@ -402,8 +402,8 @@ def test_what_else_decides_an_episode(trained: Path, monkeypatch: pytest.MonkeyP
 def test_models_are_asked_at_the_same_time_where_servers_have_places(
     recipe: str, overrides: tuple[str, ...], places: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("memfactory.train.serving.places_left", lambda recipe: places)
-    assert _room(prepare(shipped("recipes") / f"{recipe}.yaml", overrides, splits=())) == expected
+    monkeypatch.setattr("memfactory.train.serving.make_room", lambda recipe, label: places)
+    assert _room(prepare(shipped("recipes") / f"{recipe}.yaml", overrides, splits=()), "eval-") == expected
 
 
 def test_large_weights_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

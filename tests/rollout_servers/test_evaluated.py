@@ -18,10 +18,11 @@ import memfactory.evaluate.job as job
 from memfactory.errors import EngineError
 from memfactory.evaluate.folder import EvalFolder
 from memfactory.evaluate.job import Asked, run_evaluation
+from memfactory.policy.vllm_policy import LOOP
 from memfactory.policy.vllm_pool import ServerPool
 from memfactory.policy.vllm_server import VLLMServer
 from memfactory.train.callbacks import progress_bar
-from memfactory.train.serving import places_left
+from memfactory.train.serving import make_room
 
 pytestmark = pytest.mark.slow
 
@@ -90,7 +91,7 @@ def beside(monkeypatch: pytest.MonkeyPatch) -> Callable[[], set[frozenset[str]]]
 def test_adapters_are_asked_at_the_same_time_and_write_what_each_writes_alone(
     serving: Any, recipe: Path, beside: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert places_left(serving.recipe()) == 3, "the server of these tests was started with three"
+    assert make_room(serving.recipe(), "eval-") == 3, "the server of these tests was started with three"
     together = evaluated(recipe, "together")
     assert len(beside()) == 3, "of base, a and b each with each"
     assert adapters(serving) == []
@@ -106,12 +107,30 @@ def test_adapters_are_asked_at_the_same_time_and_write_what_each_writes_alone(
     assert texts["base"] != texts["a"] != texts["b"]
 
 
+def test_what_a_killed_evaluation_left_is_unloaded_and_what_others_have_is_not(serving: Any, tmp_path: Path) -> None:
+    serving.model(2).save_pretrained(tmp_path / "adapter")
+    names = ["memfactory-eval-1-0-x-v0", "memfactory-eval-2-0-x-v0"]
+    server = VLLMServer(serving.url, serving.recipe().rollout.vllm)
+    for name in names:
+        LOOP.start(server.load(name, str(tmp_path / "adapter"))).result()
+    try:
+        assert make_room(serving.recipe(), "eval-1-") == 2
+        assert adapters(serving) == names[1:]
+        recipe = serving.recipe()
+        rollout = recipe.rollout.model_copy(update={"engine": "async"})
+        assert make_room(recipe.model_copy(update={"rollout": rollout}), "eval-1-") < 1, "a run will have more of them"
+    finally:
+        for name in names:
+            LOOP.start(server.unload(name)).result()
+        LOOP.start(server.aclose()).result()
+
+
 def test_a_run_at_the_same_server_keeps_its_place(serving: Any, recipe: Path, beside: Any) -> None:
     run = serving.policy(str(recipe.parent / "run"))
     run.use(serving.model(5), 1)
     try:
         [own] = adapters(serving)
-        assert places_left(serving.recipe()) == 2
+        assert make_room(serving.recipe(), "eval-") == 2
         beside()
         evaluated(recipe, "beside")
         assert len(beside()) == 1, "base and a; then b"
