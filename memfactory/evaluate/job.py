@@ -112,7 +112,7 @@ def run_evaluation(asked: Asked, output: Path | None, progress: Progress) -> Don
         folder = EvalFolder(output or Path("evals") / prepared.recipe.name)
         # what servers hold for this evaluation: a run of the recipe, and another evaluation, have names of their own
         label = f"eval-{hashlib.sha256(str(folder.path.resolve()).encode()).hexdigest()[:8]}-"
-        plan = _plan(prepared, asked, candidates, suites, label)
+        plan = replace(_plan(prepared, asked, candidates, suites), room=lambda: _room(prepared, label))
 
         def load(candidate: Candidate, *, place: int, among: int) -> RoutedPolicy:
             if section is not None and candidate.fingerprint == _address(section):
@@ -295,17 +295,7 @@ def _training_data(prepared: Prepared, candidates: Sequence[Candidate]) -> list[
     return found
 
 
-def _plan(
-    prepared: Prepared,
-    asked: Asked,
-    candidates: Sequence[Candidate],
-    suites: Sequence[Measured],
-    label: str,
-) -> Plan:
-    """
-    Args:
-        label: of what servers hold for this evaluation.
-    """
+def _plan(prepared: Prepared, asked: Asked, candidates: Sequence[Candidate], suites: Sequence[Measured]) -> Plan:
     recipe = prepared.recipe
     samples = asked.samples or recipe.eval.samples
     modes = [Mode("sampled", Sampling(recipe.eval.temperature, recipe.eval.top_p), samples)]
@@ -327,7 +317,6 @@ def _plan(
             "engine": recipe.rollout.engine,
             "context": recipe.rollout.vllm.max_model_len if recipe.rollout.served else None,
         },
-        room=lambda: _room(prepared, label),
         max_failed_share=recipe.rollout.max_failed_share,
         fresh=asked.fresh,
     )

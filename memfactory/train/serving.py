@@ -24,6 +24,9 @@ from memfactory.recipe import Recipe
 from memfactory.train.ranks import Ranks
 from memfactory.train.weight_sync import EVERY, AdapterSync, FullWeightSync
 
+_FAMILY = "memfactory-"
+"""Beginning of the names of all adapters that are sent; what comes next says whose they are."""
+
 
 def served(recipe: Recipe, trained: TransformersPolicy, folder: Path, label: str = "") -> VLLMPolicy:
     """The servers of `recipe` in place of `trained`, those that answer checked; waits for the first of them as long as
@@ -48,7 +51,7 @@ def served(recipe: Recipe, trained: TransformersPolicy, folder: Path, label: str
     servers = [VLLMServer(url, section, tally) for url in urls]
     # of this run, whichever life of it: what an earlier one left at the servers is ours to clear away
     digest = sha256(str(folder.resolve()).encode()).hexdigest()[:8]
-    family = f"memfactory-{label or re.sub('[^a-z0-9]+', '-', recipe.name.lower()) + '-' + digest}-"
+    family = _FAMILY + (label or f"{re.sub('[^a-z0-9]+', '-', recipe.name.lower())}-{digest}") + "-"
     pool = ServerPool(
         servers,
         family,
@@ -99,7 +102,7 @@ def make_room(recipe: Recipe, label: str) -> int:
             if await server.unwell():
                 return None
             info, names = await server.info(), [str(model["id"]) for model in await server.models()]
-            for name in [name for name in names if name.startswith(f"memfactory-{label}")]:
+            for name in [name for name in names if name.startswith(_FAMILY + label)]:
                 await server.unload(name)
                 names.remove(name)
         except RequestFailed:

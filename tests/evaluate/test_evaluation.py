@@ -360,7 +360,7 @@ def test_an_edited_agent_is_run_again(forked: Server, trained: Path, tmp_path: P
 def test_what_else_decides_an_episode(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def key(*overrides: str) -> str:
         prepared = prepare(trained / "recipe.yaml", ("warmup=null", *overrides))
-        return json.dumps(_plan(prepared, Asked(trained / "recipe.yaml"), [], [], "").asked, sort_keys=True)
+        return json.dumps(_plan(prepared, Asked(trained / "recipe.yaml"), [], []).asked, sort_keys=True)
 
     plain = key()
     assert key("train.max_steps=9") == plain
